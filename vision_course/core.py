@@ -7,7 +7,7 @@ __all__ = ['CourseError', 'project_root', 'data_root', 'run_name', 'output_folde
            'seed_everything', 'pick_device', 'fast_bfloat16', 'provenance', 'device_in_words', 'save_result',
            'load_result', 'save_figure', 'progress', 'locked']
 
-# %% ../nbs/lib/core.ipynb #37c62471
+# %% ../nbs/lib/core.ipynb #70581a0a
 import json
 import os
 import platform
@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
