@@ -114,7 +114,7 @@ def load_json(
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise CourseError(f"{path}: cannot be read ({error}). Delete it and run again.") from None
 
-# %% ../nbs/lib/core.ipynb #74e42fb9
+# %% ../nbs/lib/core.ipynb #38677a31
 def seed_everything(
     seed: int,  # 0 or more
 ) -> None:
@@ -124,6 +124,7 @@ def seed_everything(
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
 
 
 def pick_device(

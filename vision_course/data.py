@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'NEAR', 'READERS', 'VALID_SHARE', 'AUGMENTATIONS', 'Split', 'pixels_last', 'Dataset', 'channel_statistics',
-           'image_hashes', 'stratified_split', 'make_sides', 'without', 'check_counts', 'thumbnails', 'nearest',
-           'shapes_dataset', 'finish', 'memory_limit', 'arrange', 'reordered', 'load', 'find_source', 'resized',
-           'derive_seed', 'Noise', 'uniform', 'to_float', 'Batches', 'on_device', 'random_flip', 'windows', 'places',
-           'reflect', 'random_crop', 'cutout', 'mixup', 'cutmix', 'beta', 'box_mask', 'compose', 'augmentation']
+           'by_channel', 'stratified_rows', 'image_hashes', 'stratified_split', 'make_sides', 'without', 'check_counts',
+           'thumbnails', 'nearest', 'shapes_dataset', 'finish', 'memory_limit', 'arrange', 'reordered', 'load',
+           'find_source', 'resized', 'derive_seed', 'Noise', 'uniform', 'to_float', 'Batches', 'on_device',
+           'random_flip', 'windows', 'places', 'reflect', 'random_crop', 'cutout', 'mixup', 'cutmix', 'beta',
+           'box_mask', 'compose', 'augmentation']
 
-# %% ../nbs/01_data.ipynb #546eb2da
+# %% ../nbs/01_data.ipynb #5b9b0543
 import difflib
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def pixels_last(
     "See images in the order in which files and `channels_last` tensors store them."
     return images.permute(0, 2, 3, 1).contiguous()
 
-# %% ../nbs/01_data.ipynb #90f6cc5b
+# %% ../nbs/01_data.ipynb #9e987d6d
 @dataclass
 class Dataset:
     "Three splits of one data set, and what was measured on the training split."
@@ -70,29 +71,56 @@ class Dataset:
     std: tuple[float, float, float]     # of the training pixels by channel, in [0, 1]
     fingerprint: str                    # hash of the training pixels and labels
     notes: dict = field(default_factory=dict)  # duplicates, files left out, and the like
+    seed: int = 0                       # of the splits
 
     @property
     def image_size(self) -> int:
         "Height and width of the images, pixels."
         return self.train.images.shape[-1]
 
+    def smaller(self, count: int, seed: int = 0) -> "Dataset":
+        "The same data set with so many training images, as many of each class as the whole has in proportion."
+        rows = stratified_rows(self.train.labels, count, seed)
+        digest = hashlib.blake2b(self.fingerprint.encode() + rows.numpy().tobytes(), digest_size=8).hexdigest()
+        return replace(self, train=self.train.subset(rows), fingerprint=digest)
+
     def open_test(self) -> Split:
         "The test split. A chapter calls this in one place, at its end."
         return self.test
 
-# %% ../nbs/01_data.ipynb #37a8d4e3
+# %% ../nbs/01_data.ipynb #293e579c
 def channel_statistics(
     images: Tensor,  # uint8 (images, 3, height, width)
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # mean and standard deviation by channel, in [0, 1]
     "Mean and standard deviation of every pixel, by channel."
     total, squares = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    for chunk in pixels_last(images).split(2048):
-        x = chunk.flatten(1, 2).double() / 255  # (chunk, pixels, 3)
-        total += x.sum((0, 1))
-        squares += x.square().sum((0, 1))
+    for chunk in pixels_last(images).split(512):
+        x = chunk.flatten(2).float()  # (chunk, height, width · 3)
+        total += by_channel(x)
+        squares += by_channel(x.square())
     count = len(images) * images.shape[2] * images.shape[3]
     mean = total / count
-    return tuple(mean.tolist()), tuple((squares / count - mean**2).clamp(min=0).sqrt().tolist())
+    std = (squares / count - mean**2).clamp(min=0).sqrt()
+    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
+
+
+def by_channel(
+    x: Tensor,  # float32 (images, height, width · 3)
+) -> Tensor:    # float64 (3,)
+    "Sum over images and pixels; whole numbers up to 255² in columns of 256 stay exact in float32."
+    return x.sum(1).double().sum(0).view(-1, 3).sum(0)
+
+# %% ../nbs/01_data.ipynb #42a96a16
+def stratified_rows(
+    labels: Tensor,  # int64 (images,)
+    count: int,      # how many to choose, at most the number of images
+    seed: int,       # the same seed gives the same choice
+) -> Tensor:         # int64 (count,), ascending; every class in proportion, to within one image
+    "Choose some of the images so that the classes keep their shares."
+    count = min(count, len(labels))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = order[labels[order].argsort(stable=True)]
+    return by_class[torch.arange(count) * len(labels) // count].sort().values
 
 # %% ../nbs/01_data.ipynb #26188697
 def image_hashes(
@@ -119,7 +147,7 @@ def stratified_split(
     held_out = torch.isin(groups, torch.cat(chosen))
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
-# %% ../nbs/01_data.ipynb #666bc702
+# %% ../nbs/01_data.ipynb #e64089a5
 def make_sides(
     source: Source,      # a data set as it came
     groups: Tensor,      # int64 (images,), equal for equal images
@@ -150,7 +178,9 @@ def without(
     groups: Tensor,   # int64 (images,), equal for equal images
 ) -> Tensor:          # those of `indices` that equal none of `others`
     "Leave out images that stand on another side as well."
-    return indices[~torch.isin(groups[indices], groups[others])]
+    taken = torch.zeros(int(groups.max()) + 1, dtype=torch.bool)
+    taken[groups[others]] = True
+    return indices[~taken[groups[indices]]]
 
 
 def check_counts(
@@ -165,13 +195,14 @@ def check_counts(
         if count <= cuts:
             raise CourseError(f"class {name!r}: {count} different images are too few to split; at least {cuts + 1} are needed. Add images.")
 
-# %% ../nbs/01_data.ipynb #228c4a50
+# %% ../nbs/01_data.ipynb #649a9727
 def thumbnails(
     images: Tensor,  # uint8 (images, 3, height, width)
 ) -> Tensor:         # float32 (images, 64), rows of mean 0 and length 1
     "Shrink each image to 8×8 grey pixels without brightness and contrast."
-    parts = [F.adaptive_avg_pool2d(chunk.float().mean(1, keepdim=True), 8).flatten(1) for chunk in images.split(2048)]
-    small = torch.cat(parts)
+    rows, columns = (F.adaptive_avg_pool1d(torch.eye(n)[None], 8)[0] for n in images.shape[2:])  # (height, 8), (width, 8)
+    columns = columns.repeat_interleave(3, 0) / 3  # (width · 3, 8): the mean over columns and channels at once
+    small = torch.cat([rows.T @ (x.flatten(2).float() @ columns) for x in pixels_last(images).split(2048)]).flatten(1)
     return F.normalize(small - small.mean(1, keepdim=True), dim=1)
 
 
@@ -183,7 +214,7 @@ def nearest(
     best = [(chunk @ gallery.T).max(1) for chunk in queries.split(512)]
     return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
 
-# %% ../nbs/01_data.ipynb #bd967e23
+# %% ../nbs/01_data.ipynb #6e4d5a0b
 SIZES = {"train": 8000, "valid": 1000, "test": 2000}
 
 
@@ -200,7 +231,7 @@ def shapes_dataset(
         made = render(count, image_size, seed=3 * seed + number, shortcut=shortcut and side == "train")
         images = made.images.contiguous(memory_format=torch.channels_last)
         splits[side] = Split(images, made.labels, made.masks, made.occluded, made.tags)
-    return finish("shapes", CLASSES, splits, {})
+    return finish("shapes", CLASSES, splits, {}, seed)
 
 
 def finish(
@@ -208,6 +239,7 @@ def finish(
     classes: tuple[str, ...],  # class names by label
     splits: dict[str, Split],  # "train", "valid" and "test"
     notes: dict,               # what is known so far
+    seed: int,                 # of the splits
 ) -> Dataset:                  # with statistics, fingerprint and near-duplicates
     "Measure the training split, and compare it with the test split."
     train, test = splits["train"], splits["test"]
@@ -216,7 +248,7 @@ def finish(
     if not train.memory_mapped:
         similarity, _ = nearest(thumbnails(test.images), thumbnails(train.images))
         notes = {**notes, "near_duplicates": int((similarity > NEAR).sum())}
-    return Dataset(name, tuple(classes), train, splits["valid"], test, mean, std, digest.hexdigest(), notes)
+    return Dataset(name, tuple(classes), train, splits["valid"], test, mean, std, digest.hexdigest(), notes, seed)
 
 
 NEAR = 0.99  # similarity of thumbnails from which two images count as near-duplicates
@@ -265,7 +297,7 @@ def reordered(
             os.replace(temporary, path)
     return np.load(path, mmap_mode="c")
 
-# %% ../nbs/01_data.ipynb #5f3c321a
+# %% ../nbs/01_data.ipynb #e398cda4
 READERS = {"cifar10": read_cifar10, "fashion_mnist": read_fashion_mnist, "tiny_imagenet": read_tiny_imagenet}
 VALID_SHARE = {"cifar10": 5_000 / 50_000, "fashion_mnist": 5_000 / 60_000}
 
@@ -289,7 +321,7 @@ def load(
     groups = torch.from_numpy(np.unique(np.array(hashes), return_inverse=True)[1])
     sides, removed = make_sides(source, groups, VALID_SHARE.get(name, 0.1), seed)
     notes = {**source.notes, "exact_duplicates": len(groups) - int(groups.max()) - 1, "removed_from_train": removed}
-    return finish(str(name), source.classes, arrange(source, sides), notes)
+    return finish(str(name), source.classes, arrange(source, sides), notes, seed)
 
 
 def find_source(

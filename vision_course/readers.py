@@ -80,7 +80,7 @@ def checked_bytes(
         raise CourseError(f"{path}: is not the official file (its checksum differs). Delete it and run again.")
     return content
 
-# %% ../nbs/lib/readers.ipynb #6372a180
+# %% ../nbs/lib/readers.ipynb #da681407
 def read_cifar10(
     root: Path,  # folder that holds cifar-10-batches-py/, or is to hold it
 ) -> Source:     # 50,000 training and 10,000 test images of 32×32
@@ -94,11 +94,10 @@ def read_cifar10(
         fetch(lambda: CIFAR10(root, download=True), CIFAR10.url, [root / CIFAR10.filename], advice)
     parts = [pickle.loads(checked_bytes(folder / name, md5), encoding="latin1") for name, md5 in files]
     classes = pickle.loads(checked_bytes(folder / meta[0], meta[1]), encoding="latin1")[CIFAR10.meta["key"]]
-    planes = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32)
-    pixels = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+    planes = torch.cat([torch.from_numpy(part["data"]) for part in parts]).view(-1, 3, 32, 32)
     labels = torch.tensor([label for part in parts for label in part["labels"]])
     sides = indices_by_side({"train": 50_000, "test": 10_000})
-    return Source(channels_first(pixels), labels, tuple(classes), sides)
+    return Source(planes.contiguous(memory_format=torch.channels_last), labels, tuple(classes), sides)
 
 # %% ../nbs/lib/readers.ipynb #4d3683b4
 def read_fashion_mnist(

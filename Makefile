@@ -1,0 +1,35 @@
+# make report   run every chapter and write outputs/<DATASET>/report/index.html
+# make test     exported files, clean notebooks, every notebook, every test
+# make lab      open the notebooks
+# make clean    remove what runs made; keeps data/
+#
+# make report DATASET=cifar10 SEED=1 EPOCHS=3 DEVICE=cpu
+
+PYTHON  ?= python3
+DATASET ?= shapes
+SEED    ?= 0
+EPOCHS  ?=
+DEVICE  ?= auto
+
+BIN   := .venv/bin
+READY := .venv/.installed
+
+.PHONY: report test lab clean
+
+report: $(READY)
+	$(BIN)/vision-course report --dataset "$(DATASET)" --seed $(SEED) --device $(DEVICE) $(if $(EPOCHS),--epochs $(EPOCHS))
+
+test: $(READY)
+	$(BIN)/python tests/run.py
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs
+
+clean:
+	rm -rf outputs/*/checkpoints outputs/*/results outputs/*/figures outputs/*/notebooks outputs/*/report .pytest_cache
+
+$(READY): settings.ini constraints.txt setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,track]"
+	touch $@
