@@ -94,6 +94,13 @@ def test_a_notebook_without_the_tag_is_refused(project):
         run_chapters("shapes")
 
 
+def test_bad_values_stop_before_anything_is_written(project):
+    for arguments, words in ((("shaps",), "Did you mean 'shapes'"), (("shapes", 0), "epochs 1 or more"), (("shapes", 1, -1), "seed must be")):
+        with pytest.raises(CourseError, match=words):
+            make_report(*arguments)
+    assert not (project / "outputs").exists()
+
+
 def test_another_kernel_named_python3_is_not_used(project, monkeypatch):
     kernel = project / "jupyter" / "kernels" / "python3"
     kernel.mkdir(parents=True)

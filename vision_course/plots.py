@@ -137,7 +137,7 @@ def _mosaic(images, columns, below):
         places.append((x + tile.shape[1] / 2, y + height))
     return page, np.array(places)
 
-# %% ../nbs/lib/plots.ipynb #c8d4cd6d
+# %% ../nbs/lib/plots.ipynb #03fb1f77
 @styled
 def image_grid(
     images,         # (n, 3 or 1, h, w), uint8 or floats in [0, 1]
@@ -152,7 +152,7 @@ def image_grid(
             raise CourseError(f"image_grid: {len(array)} images but {len(given)} {name}")
     columns = max(1, min(columns, len(array)))
     letters = max(6, int(110 / columns))
-    titles = ["\n".join(textwrap.fill(line, letters) for line in str(t).split("\n")) for t in titles or []]
+    titles = ["\n".join(textwrap.fill(line, letters) for line in str(t).replace(" %", "\xa0%").split("\n")) for t in titles or []]
     lines = max((t.count("\n") + 1 for t in titles), default=0)
     page, places = _mosaic(array, columns, below=18 * lines + 10 * (lines > 0))
     figure = CourseFigure(figsize=(WIDTH, len(page) / DPI))
@@ -225,7 +225,7 @@ def _draw_bar(ax, i, row, bar, place):
     ax.annotate(words, (max(row.max(), mean + deviation), i), xytext=(6 if many or not bar else 4, 0),
                 textcoords="offset points", va="center", fontsize=7.5)
 
-# %% ../nbs/lib/plots.ipynb #30bbf36e
+# %% ../nbs/lib/plots.ipynb #e73311a1
 @styled
 def bars(
     values: Mapping[str, float | Sequence[float]],  # name -> value, or name -> one value a run
@@ -247,8 +247,7 @@ def bars(
         _draw_bar(ax, i, row, from_zero, places)
     if reference:
         _mark(ax, *reference)
-    ax.set_yticks(range(len(runs)), list(runs))
-    ax.tick_params(axis="y", labelcolor=INK)
+    ax.set_yticks(range(len(runs)), list(runs), color=INK)
     ax.set_ylim(len(runs) - 0.4, -0.6)
     ax.grid(visible=False, axis="y")
     ax.grid(visible=True, axis="x")
@@ -257,7 +256,7 @@ def bars(
     ax.yaxis.set_label_coords(-0.01, 1.0)
     return figure
 
-# %% ../nbs/lib/plots.ipynb #6c2ef6e8
+# %% ../nbs/lib/plots.ipynb #44f28d53
 def _spread(positions, gap):
     "Move positions (0 to 1) apart to at least `gap`, as little as needed, in their order, below 1 where there is room."
     order = np.argsort(positions, kind="stable")
@@ -269,7 +268,7 @@ def _spread(positions, gap):
         places[i] = min(places[i], ceiling - gap * (len(places) - 1 - i))
     return places[np.argsort(order)]
 
-
+# %% ../nbs/lib/plots.ipynb #1d5757cd
 def _label_ends(ax, ends, height):
     "Write each name at the right of its line, in its colour; `ends` are the last points, `height` that of the axes in inches."
     points = ax.transLimits.transform(ax.transScale.transform(np.array(list(ends.values()))))
@@ -287,7 +286,7 @@ def _points(line, name):
         raise CourseError(f"curves: {name} has {x.size} values of x but {y.shape[1]} of y")
     return x, y
 
-# %% ../nbs/lib/plots.ipynb #c253b27f
+# %% ../nbs/lib/plots.ipynb #21a24f34
 @styled
 def curves(
     series: Mapping[str, object],  # name -> y or (x, y); y is (steps,), or (runs, steps): mean and ±1 standard deviation
@@ -299,16 +298,14 @@ def curves(
 ) -> Figure:
     "Lines with their names at the end; several runs of one name become their mean and a band."
     lines = {name: _points(line, name) for name, line in series.items()}
-    if not lines:
-        raise CourseError("curves: nothing to draw, there is no series")
+    _as_array(list(lines), "curves")
     figure, ax = _blank(max(2.9, 0.9 + 0.14 * len(lines)))
     for i, (x, y) in enumerate(lines.values()):
         colour, mean = PALETTE[i % len(PALETTE)], y.mean(0)
         ax.plot(x, mean, color=colour, linestyle="-" if i < len(PALETTE) else "--", marker="o" if len(x) <= 12 else None,
                 markersize=3.5, zorder=3)
         if len(y) > 1:
-            deviation = y.std(0, ddof=1)
-            ax.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.16, linewidth=0)
+            ax.fill_between(x, mean - y.std(0, ddof=1), mean + y.std(0, ddof=1), color=colour, alpha=0.16, linewidth=0)
     ax.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
     ax.margins(x=0.01)
     if not log_x and all(np.all(x == np.round(x)) for x, _ in lines.values()):
