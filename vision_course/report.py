@@ -274,7 +274,7 @@ def _to_html(notebook):
     )
     return exporter.from_notebook_node(notebook)[0]
 
-# %% ../nbs/lib/report.ipynb #95d12f9f
+# %% ../nbs/lib/report.ipynb #c3eff29e
 def _read_results(folder, chapters):
     "For the first page: pairs of chapter and rows, key figures, and the newest provenance."
     groups, figures, newest = [], [], {}
@@ -287,7 +287,8 @@ def _read_results(folder, chapters):
         for name in stored["values"].get("key_figures", []):
             picture = folder / "figures" / f"{name}.png"
             if picture.exists():
-                alt = Image.open(picture).info.get("Description", name)
+                with Image.open(picture) as opened:
+                    alt = opened.info.get("Description", name)
                 source = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
                 figures.append({"source": source, "alt": alt, "chapter": chapter})
     return groups, figures, newest
@@ -296,7 +297,7 @@ def _read_results(folder, chapters):
 def _number(value):
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
 
-# %% ../nbs/lib/report.ipynb #06aa3450
+# %% ../nbs/lib/report.ipynb #5be17d22
 def render_report(
     dataset: str,  # the data set of a run
 ) -> Path:         # outputs/<dataset>/report/index.html
@@ -317,9 +318,9 @@ def render_report(
                      previous=previous, next=following, **common)
         write_atomic(folder / "report" / f"{chapter.name}.html", page)
     groups, figures, newest = _read_results(folder, chapters)
-    runs = {", ".join(f"{k} {v}" for k, v in page.parameters.items() if k != "dataset"): page.parameters for page in pages}
+    runs = {f"seed {page.parameters.get('seed')}, epochs {page.parameters.get('epochs') or 'by recipe'}" for page in pages}
     page = _fill("report_index.html.j2", title=f"Computer vision, measured on {common['dataset']}", groups=groups, figures=figures,
-                 measured=newest, parameters=pages[-1].parameters, mixed="; ".join(runs) if len(runs) > 1 else "", **common)
+                 measured=newest, parameters=pages[-1].parameters, mixed="; ".join(sorted(runs)) if len(runs) > 1 else "", **common)
     return write_atomic(folder / "report" / "index.html", page)
 
 # %% ../nbs/lib/report.ipynb #0366272a
