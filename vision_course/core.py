@@ -7,7 +7,7 @@ __all__ = ['CourseError', 'project_root', 'data_root', 'run_name', 'output_folde
            'seed_everything', 'pick_device', 'fast_bfloat16', 'provenance', 'device_in_words', 'save_result',
            'load_result', 'save_figure', 'progress', 'locked']
 
-# %% ../nbs/lib/core.ipynb #70581a0a
+# %% ../nbs/lib/core.ipynb #37c62471
 import json
 import os
 import platform
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
@@ -230,7 +231,7 @@ def save_figure(
     write_atomic(output_folder(dataset) / "figures" / f"{name}.png", buffer.getvalue())
     return Image(buffer.getvalue(), alt=alt)
 
-# %% ../nbs/lib/core.ipynb #a7322041
+# %% ../nbs/lib/core.ipynb #b49481d0
 def progress(
     iterable,                # what to walk over
     total: int = None,       # how many steps, if the iterable does not know
@@ -241,13 +242,18 @@ def progress(
     return tqdm(iterable, total=total, desc=description, disable=not watched, leave=False, ascii=True, mininterval=0.5)
 
 
+@contextmanager
 def locked(
     path: Path,  # the file that must not be made twice at the same time
-) -> FileLock:   # a context manager; waits for other processes
-    "Keep two processes from making the same file at once."
-    path = Path(path)
+):
+    "Keep two processes from making the same file at once: the second waits for the first."
+    lock = FileLock(Path(path).with_name(f".{Path(path).name}.lock"))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except OSError as error:
-        raise CourseError(f"{path.parent}: cannot be made ({error.strerror}). Choose a folder that you may write to.") from None
-    return FileLock(path.with_name(f".{path.name}.lock"))
+        raise CourseError(f"{Path(path).parent}: cannot be written ({error.strerror}). Choose a folder that you may write to.") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -6,17 +6,22 @@
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'MIXINGS', 'Recipe', 'small_cnn_recipe', 'make_optimizer', 'learning_rate_factor',
            'make_scheduler', 'seeds_for', 'predict', 'evaluating', 'evaluate', 'mix_batch', 'make_accelerator',
            'Trainer', 'fit', 'training_key', 'Trained', 'save_checkpoint', 'load_checkpoint', 'load_or_train',
-           'train_and_describe']
+           'train_and_describe', 'RateSearch', 'find_learning_rate', 'losses_at', 'endless', 'smoothed',
+           'shifted_views', 'predict_augmented']
 
-# %% ../nbs/lib/train.ipynb #0ca3e032
+# %% ../nbs/lib/train.ipynb #c75fea15
+import copy
 import math
+import os
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from io import BytesIO
+from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -173,7 +178,7 @@ def evaluate(
         "images": len(split),
     }
 
-# %% ../nbs/lib/train.ipynb #c9b3252b
+# %% ../nbs/lib/train.ipynb #7ff49ba7
 def mix_batch(
     images: Tensor,   # (batch, 3, h, w) in [0, 1]
     labels: Tensor,   # (batch,) int64
@@ -190,7 +195,7 @@ def mix_batch(
 
 def make_accelerator(
     tracker: str | None = None,  # "tensorboard", "wandb", …: anything that accelerate knows
-    folder: Path | None = None,  # where a tracker writes
+    logs: Path | None = None,    # folder that a tracker writes to
 ):                               # accelerate's Accelerator: device, precision and processes
     "One place that knows about devices, mixed precision and several processes."
     from accelerate import Accelerator
@@ -199,15 +204,16 @@ def make_accelerator(
     device = pick_device()
     AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
     precision = "bf16" if fast_bfloat16(device) else "no"
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, log_with=tracker, project_dir=folder)
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, log_with=tracker, project_dir=logs)
 
-# %% ../nbs/lib/train.ipynb #9b4f879d
+# %% ../nbs/lib/train.ipynb #72d0ae3d
 class Trainer:
     "One training: knows where it stands after each epoch, and can go on from there."
 
-    def __init__(self, model, dataset, recipe, seed, folder, tracker):
+    def __init__(self, model, dataset, recipe, seed, state_file, tracker):
         self.recipe, self.dataset, self.seed, self.tracker = recipe, dataset, seed, tracker
-        self.accelerator = make_accelerator(tracker, folder)
+        self.state_file = Path(state_file) if state_file else None
+        self.accelerator = make_accelerator(tracker, self.state_file and self.state_file.parent / "logs")
         self.device, rank, world = (getattr(self.accelerator, name) for name in ("device", "process_index", "num_processes"))
         self.plain = model.to(self.device, memory_format=torch.channels_last)
         self.model = self.accelerator.prepare_model(self.plain)
@@ -221,7 +227,6 @@ class Trainer:
         self.optimizer = make_optimizer(self.plain, recipe)
         self.scheduler = make_scheduler(self.optimizer, recipe, recipe.epochs * len(self.batches))
         self.rows, self.best, self.best_score = [], None, -1.0
-        self.state_file = Path(folder) / "state.pt" if folder else None
         self.key = training_key(dataset, recipe, seed)
 
     def run(self):
@@ -341,18 +346,18 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
 
-# %% ../nbs/lib/train.ipynb #a6f78de7
+# %% ../nbs/lib/train.ipynb #ae94f1c2
 def fit(
     model: nn.Module,          # takes images in [0, 1], gives logits; ends with its best weights by validation accuracy
     dataset: Dataset,          # train and valid are used, test is not touched
     recipe: Recipe,            # how to train
     seed: int = 0,             # order, augmentation and dropout
-    folder: Path | None = None,   # where to keep the state after each epoch, to go on from if stopped
-    tracker: str | None = None,   # "tensorboard" or another tracker of accelerate; writes to the folder
+    state_file: Path | None = None,  # where to keep the state after each epoch, to go on from if stopped
+    tracker: str | None = None,   # "tensorboard" or another tracker of accelerate; writes to logs/ beside the state
 ) -> pd.DataFrame:             # a row for each epoch: losses, accuracies, learning rate, images a second, seconds
     "Train a network."
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        return Trainer(model, dataset, recipe, seed, folder, tracker).run()
+        return Trainer(model, dataset, recipe, seed, state_file, tracker).run()
 
 
 def training_key(
@@ -411,7 +416,7 @@ def load_checkpoint(
         raise CourseError(f"{path}: holds another architecture than {type(model).__name__} ({what}).") from None
     return info
 
-# %% ../nbs/lib/train.ipynb #99f136b5
+# %% ../nbs/lib/train.ipynb #a4dc3f84
 def load_or_train(
     build: Callable[[Dataset], nn.Module],  # makes the untrained network, such as `small_cnn`
     dataset: Dataset,                       # what to train on
@@ -420,20 +425,20 @@ def load_or_train(
     tracker: str | None = None,             # "tensorboard" or another tracker of accelerate
 ) -> Trained:                               # on the device that `pick_device` gives, in eval mode
     "Give the network that this recipe makes of this data set: from its checkpoint, or trained now."
-    folder = output_folder(dataset.name) / "checkpoints"
-    path = folder / f"{recipe.name}-seed{seed}.safetensors"
-    key = training_key(dataset, recipe, seed)
-    with locked(path), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    path = output_folder(dataset.name) / "checkpoints" / f"{recipe.name}-seed{seed}.safetensors"
+    first = int(os.environ.get("RANK", 0)) == 0  # of several processes only the first locks and writes
+    with locked(path) if first else nullcontext(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         model = build(dataset)
         beside = path.with_suffix(".json")
-        if path.exists() and beside.exists() and load_json(beside).get("key") == key:
+        if path.exists() and beside.exists() and load_json(beside).get("key") == training_key(dataset, recipe, seed):
             info = load_checkpoint(path, model)
             model.to(pick_device(), memory_format=torch.channels_last)
         else:
             info = {"network": build.__name__, **train_and_describe(model, dataset, recipe, seed, path, tracker)}
-            save_checkpoint(path, model, info)
-            (path.with_suffix(".training") / "state.pt").unlink(missing_ok=True)
+            if first:
+                save_checkpoint(path, model, info)
+                path.with_suffix(".state").unlink(missing_ok=True)
     return Trained(model.eval(), pd.DataFrame(info["history"]), info)
 
 
@@ -442,17 +447,120 @@ def train_and_describe(
     dataset: Dataset,   # what to train on
     recipe: Recipe,     # how
     seed: int,          # order and augmentation
-    path: Path,         # where the checkpoint will be
+    path: Path,         # where the checkpoint will be; the state stands beside it
     tracker: str | None = None,  # a tracker of accelerate
 ) -> dict:              # recipe, seed, scores, parameters, seconds, history, provenance
     "Train a network, and say how it went."
-    state = path.with_suffix(".training")
-    history = fit(model, dataset, recipe, seed, state, tracker)
+    history = fit(model, dataset, recipe, seed, path.with_suffix(".state"), tracker)
     best = history.loc[history.valid_accuracy.idxmax()]
     return {
         "key": training_key(dataset, recipe, seed), "recipe": asdict(recipe), "seed": seed,
-        "dataset": dataset.name, "data_seed": dataset.seed, "classes": dataset.classes, "file": str(path),
+        "dataset": dataset.name, "data_seed": dataset.seed, "classes": dataset.classes, "file": path.name,
         "parameters": sum(p.numel() for p in model.parameters()), "valid_accuracy": best.valid_accuracy,
         "best_epoch": int(best.epoch), "seconds": history.seconds.sum(),
         "history": history.to_dict("records"), "provenance": provenance(),
     }
+
+# %% ../nbs/lib/train.ipynb #8af9d323
+class RateSearch(NamedTuple):
+    "What the learning-rate finder saw."
+    rates: list[float]   # learning rates that were tried, rising
+    losses: list[float]  # loss of the batch at each, smoothed, in nats
+    suggestion: float    # a rate to train with
+
+
+def find_learning_rate(
+    model: nn.Module,   # takes images in [0, 1], gives logits; nothing in it changes
+    dataset: Dataset,   # its training split is used
+    recipe: Recipe,     # says which optimiser, batch size, augmentation, label smoothing; its rate is not used
+    seed: int = 0,      # order, augmentation and dropout
+    steps: int = 100,   # how many rates to try, at least 10
+    limits: tuple[float, float] = (1e-4, 10.0),  # lowest and highest rate
+) -> RateSearch:        # rates, smoothed losses and a suggestion
+    "Raise the learning rate step by step until the loss explodes, on a copy of the model."
+    if not (0 < limits[0] < limits[1] and steps >= 10):
+        raise CourseError(f"find_learning_rate: limits {limits} must rise from above 0, and steps ({steps}) be 10 or more.")
+    rates = torch.logspace(*(math.log10(limit) for limit in limits), steps).tolist()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        losses = smoothed(losses_at(rates, copy.deepcopy(model), dataset, recipe, seed))
+    lowest = min(range(len(losses)), key=losses.__getitem__)
+    return RateSearch(rates[: len(losses)], losses, rates[lowest] / 4)
+
+# %% ../nbs/lib/train.ipynb #6972ba03
+def losses_at(
+    rates: list[float],  # learning rates, one a step
+    model: nn.Module,    # is trained
+    dataset: Dataset,    # its training split is used
+    recipe: Recipe,      # optimiser, batch size, augmentation, label smoothing
+    seed: int,           # order and augmentation
+) -> list[float]:        # loss before each step, in nats; ends when it is three times the lowest, or no number
+    "Train one step at each rate."
+    device = pick_device()
+    model = model.to(device, memory_format=torch.channels_last).train()
+    optimizer, losses = make_optimizer(model, recipe), []
+    batches = Batches(dataset.train, recipe.batch_size, augmentation(recipe.augment), shuffle=True, seed=seed, device=device)
+    for rate, (images, labels) in zip(progress(rates, description="rates"), endless(batches)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)):
+            logits = model(images)  # (batch, classes)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+        losses.append(loss.item())
+        if not losses[-1] <= 3 * min(losses):
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return [value for value in losses if math.isfinite(value)]
+
+# %% ../nbs/lib/train.ipynb #bb86feac
+def endless(
+    batches: Batches,  # of a training split
+):                     # an iterator over batches that never ends
+    "Epoch after epoch."
+    for batches.epoch in count():
+        yield from batches
+
+
+def smoothed(
+    values: list[float],  # one a step
+    memory: float = 0.9,  # weight of the past, in [0, 1)
+) -> list[float]:         # as many, each an average that leans on the latest
+    "Exponential moving average that does not lean towards 0 at the start."
+    average, out = 0.0, []
+    for step, value in enumerate(values, 1):
+        average = memory * average + (1 - memory) * value
+        out.append(average / (1 - memory**step))
+    return out
+
+# %% ../nbs/lib/train.ipynb #f177fa09
+def shifted_views(
+    images: Tensor,     # float (batch, channels, h, w)
+    shift: int,         # pixels, less than the width
+    flip: bool,         # mirrored views as well
+):                      # an iterator over batches of the same shape, the images themselves first
+    "The images as they are and shifted in four directions, each also mirrored."
+    height, width = images.shape[2:]
+    padded = F.pad(images, (shift,) * 4, mode="reflect")
+    for down, right in dict.fromkeys([(0, 0), (shift, 0), (-shift, 0), (0, shift), (0, -shift)]):
+        view = padded[:, :, shift - down :, shift - right :][:, :, :height, :width]
+        yield view
+        if flip:
+            yield view.flip(3)
+
+
+def predict_augmented(
+    model: nn.Module,       # takes images in [0, 1], gives logits
+    split: Split,           # the images
+    shift: int = 2,         # pixels, 0 for none
+    flip: bool = True,      # False where left and right differ in meaning, such as digits
+    batch_size: int = 500,  # changes nothing but speed and memory
+) -> Tensor:                # (images, classes) probabilities, float32, on the CPU
+    "Average the probabilities over shifted and mirrored views."
+    device, means = next(model.parameters()).device, []
+    with evaluating(model), torch.inference_mode():
+        for images, _ in Batches(split, batch_size, device=device):
+            views = [model(view).float().softmax(1) for view in shifted_views(images, shift, flip)]
+            means.append(torch.stack(views).mean(0).cpu())  # (batch, classes)
+    return torch.cat(means)

@@ -1,0 +1,158 @@
+"""The command line: what a user can get wrong ends in one clear line and a non-zero status, with nothing half-written."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from vision_course import cli
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run a command in this process; give its status, output and error lines."""
+    monkeypatch.setenv("VISION_COURSE_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("VISION_COURSE_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("VISION_COURSE_DEVICE", "cpu")
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["vision-course", *map(str, words)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as done:
+            status = done.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def refused(result, *words):
+    status, _, err = result
+    assert status == 2, result
+    assert len(err.strip().splitlines()) == 1, err
+    for word in words:
+        assert str(word) in err, err
+    return True
+
+
+@pytest.mark.parametrize("name", ["report", "train", "evaluate", "data"])
+def test_help_says_what_it_does_its_defaults_and_an_example(command, name):
+    status, out, _ = command(name, "--help")
+    assert status == 0
+    assert f"Example: vision-course {name}" in out and "default" in out.lower()
+
+
+def test_train_then_evaluate(command, photos, tmp_path):
+    status, out, err = command("train", "small_cnn", "--dataset", photos, "--epochs", 2)
+    assert status == 0, err
+    weights = next(tmp_path.rglob("small_cnn-seed0.safetensors"))
+    assert str(weights) in out
+    status, out, err = command("evaluate", weights, "--split", "test")
+    assert status == 0, err
+    assert out.startswith("test: accuracy ")
+    assert refused(command("evaluate", tmp_path / "none.safetensors"), "none.json", "not there")
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert refused(command("evaluate", weights), weights, "truncated")
+
+
+def test_data_says_what_is_in_a_folder(command, photos):
+    status, out, _ = command("data", photos)
+    assert status == 0 and "2 classes" in out and "train" in out
+
+
+def test_unknown_data_sets_are_refused(command):
+    assert refused(command("data", "shaeps"), "shaeps", "shapes")
+    assert refused(command("train", "--dataset", "no-such-folder"), "no-such-folder")
+
+
+def test_a_corrupt_image_is_named_and_can_be_skipped(command, photos):
+    bad = photos / "red" / "7.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    assert refused(command("data", photos), bad, "--skip-bad")
+    status, out, _ = command("data", photos, "--skip-bad")
+    assert status == 0 and "119" not in out and "skipped" in out and "1" in out
+
+
+def test_an_empty_class_and_a_single_class_are_refused(command, photos, tmp_path):
+    (photos / "green").mkdir()
+    assert refused(command("data", photos), "green", "empty")
+    (tmp_path / "alone" / "cat").mkdir(parents=True)
+    for i in range(9):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "alone" / "cat" / f"{i}.png")
+    assert refused(command("data", tmp_path / "alone"), "class")
+
+
+@pytest.mark.parametrize("words", [
+    ("train", "--epochs", "0"), ("train", "--seed", "-1"), ("train", "--epochs", "many"), ("train", "alexnet"), ("train", "--device", "tpu"),
+    ("evaluate",), ("evaluate", "x.safetensors", "--split", "all"), ("report", "--chapter", "9"), ("nothing",),
+])
+def test_parameters_out_of_range_are_refused(command, words):
+    assert refused(command(*words))
+
+
+def test_cuda_without_a_gpu_is_refused(command):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert refused(command("train", "--device", "cuda"), "no GPU")
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(command, photos, tmp_path, monkeypatch):
+    (tmp_path / "a-file").write_text("")
+    monkeypatch.setenv("VISION_COURSE_OUTPUTS", str(tmp_path / "a-file"))
+    assert refused(command("train", "small_cnn", "--dataset", photos, "--epochs", 1), "a-file")
+
+
+def test_a_full_disk_leaves_nothing_half_written(course, photos):
+    def little_room():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    done = course("train", "small_cnn", "--dataset", photos, "--epochs", 1, preexec_fn=little_room)
+    assert done.returncode == 2, done
+    assert len(done.stderr.strip().splitlines()) == 1 and "cannot be written" in done.stderr
+    left = [path for path in course.outputs.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+    assert left == []
+
+
+def test_ctrl_c_ends_in_status_130_and_keeps_the_state(course, photos):
+    command = [sys.executable, "-m", "vision_course.cli", "train", "small_cnn", "--dataset", str(photos), "--epochs", "5000"]
+    process = subprocess.Popen(command, env=course.environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(course.outputs.rglob("small_cnn-seed0.state")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "the same command goes on" in err and len(err.strip().splitlines()) == 1
+    assert list(course.outputs.rglob("small_cnn-seed0.state"))
+
+
+def test_importing_the_package_takes_less_than_three_seconds():
+    code = "import time; s = time.perf_counter(); import vision_course.train, vision_course.cli; print(time.perf_counter() - s)"
+    times = [float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(3)]
+    assert min(times) < 3, times
+
+
+def test_two_processes_train_as_well_as_one(course):
+    launch = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port", "0")
+    words = ("train", "small_cnn", "--epochs", "6")
+    scores = []
+    for launcher in ((), launch):
+        done = course(*words, launcher=launcher)
+        assert done.returncode == 0, done.stderr
+        weights = next(course.outputs.rglob("small_cnn-seed0.safetensors"))
+        shown = [course("evaluate", weights, "--split", split).stdout for split in ("valid", "test")]
+        scores.append([float(text.split("accuracy ")[1].split("%")[0]) for text in shown])
+        weights.unlink()
+    print(scores)
+    one, two = ((valid * 1000 + test * 2000) / 3000 for valid, test in scores)
+    assert abs(one - two) <= 0.5, scores

@@ -1,0 +1,192 @@
+"""Trainings that are killed, split over processes, or go wrong."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vision_course.data import Dataset, Split, shapes_dataset
+from vision_course.train import Recipe, fit, load_checkpoint, save_checkpoint, training_key
+from vision_course.core import CourseError
+
+
+def checkpoint(outputs, name="small_cnn-seed0.safetensors"):
+    found = list(outputs.rglob(name))
+    return found[0] if found else None
+
+
+def test_killed_training_ends_as_one_never_killed(course, photos):
+    words = ("train", "small_cnn", "--dataset", photos, "--epochs", 12)
+    done = course(*words)
+    assert done.returncode == 0, done.stderr
+    expected = checkpoint(course.outputs).read_bytes()
+    folder = checkpoint(course.outputs).parent
+    for file in folder.iterdir():
+        file.unlink()
+    command = [sys.executable, "-m", "vision_course.cli", *map(str, words)]
+    kills = 0
+    for _ in range(12):  # each time it gets one saved epoch further, or is killed in the middle of one
+        process = subprocess.Popen(command, env=course.environment, cwd=photos.parent, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        state, before = folder / "small_cnn-seed0.state", None
+        before = state.stat().st_mtime_ns if state.exists() else None
+        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == before):
+            time.sleep(0.002)
+        time.sleep(0.03 * kills)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        if checkpoint(course.outputs):
+            break
+        if kills == 4:
+            assert course(*words).returncode == 0
+            break
+    assert kills >= 2
+    assert checkpoint(course.outputs).read_bytes() == expected
+    assert not state.exists()
+
+
+def linear(dataset):
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 256, 2))
+
+
+def small_dataset(count=256):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    labels = (images.float().mean((1, 2, 3)) > 127.5).long()
+    split = Split(images, labels)
+    return Dataset("noise", ("dark", "light"), split, split, split, (0.5,) * 3, (0.25,) * 3, "0")
+
+
+def test_two_processes_compute_the_gradients_of_one(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import sys, torch\n"
+        f"sys.path.insert(0, {str(__file__.rsplit('/', 1)[0])!r})\n"
+        "from test_train import linear, small_dataset\n"
+        "from vision_course.train import Recipe, fit\n"
+        "torch.manual_seed(0)\n"
+        "model, data = linear(None), small_dataset()\n"
+        "fit(model, data, Recipe('linear', 3, 64, learning_rate=0.01, augment='flip+crop'))\n"
+        "import os\n"
+        "if int(os.environ.get('RANK', 0)) == 0: torch.save(model.state_dict(), sys.argv[1])\n"
+    )
+    one, two = tmp_path / "one.pt", tmp_path / "two.pt"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port", "0"]
+    subprocess.run([sys.executable, script, one], check=True)
+    subprocess.run([*launch, script, two], check=True, capture_output=True)
+    one, two = (torch.load(path, weights_only=True) for path in (one, two))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0.02, atol=2e-3)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
+    def weights(seed):
+        torch.manual_seed(0)
+        model = linear(None)
+        fit(model, small_dataset(), Recipe("linear", 2, 64, learning_rate=0.01), seed)
+        return model[0].weight
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def test_a_loss_that_is_not_a_number_stops_the_training_and_keeps_the_state(tmp_path):
+    class Poisoned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.steps = linear(None), 0
+
+        def forward(self, x):
+            self.steps += self.training
+            return self.net(x) * (float("nan") if self.steps > 6 else 1)
+
+    state = tmp_path / "state"
+    with pytest.raises(CourseError, match=r"loss is nan at step 7 \(epoch 2\).*[Ll]earning rate.*after epoch 1 is kept"):
+        fit(Poisoned(), small_dataset(), Recipe("poisoned", 3, 64, learning_rate=0.01), state_file=state)
+    assert len(torch.load(state, weights_only=True)["rows"]) == 1
+
+
+def test_early_stopping_keeps_the_best_weights():
+    class Spoiled(torch.nn.Module):
+        """Right at first; each epoch of training makes it worse."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor([1.0]))
+            self.register_buffer("epochs", torch.zeros(1))
+
+        def forward(self, x):
+            if self.training:
+                self.epochs += 1
+            light = x.mean((1, 2, 3)) - 0.5 - 0.01 * (self.epochs - 4).clamp(min=0)
+            return torch.stack([-light, light], 1) * self.scale
+
+    model = Spoiled()
+    history = fit(model, small_dataset(), Recipe("spoiled", 9, 64, learning_rate=1e-4, patience=2, augment="none"))
+    assert len(history) == 3 and history.valid_accuracy.idxmax() == 0
+    assert model.epochs.item() == 4
+
+
+@pytest.mark.parametrize("field, value", [
+    ("epochs", 0), ("batch_size", 0), ("learning_rate", 0.0), ("learning_rate", float("nan")), ("weight_decay", -1.0),
+    ("label_smoothing", 1.0), ("optimizer", "adam"), ("schedule", "steps"), ("mixing", "cut"), ("augment", "flop"), ("patience", 0),
+])
+def test_a_recipe_out_of_range_is_refused_by_name(field, value):
+    with pytest.raises(CourseError, match="flop" if field == "augment" else field):
+        Recipe("odd", **{field: value})
+
+
+def spoil(path, how):
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "a pickle":
+        torch.save({"net": Evil()}, path)
+    elif how == "gone":
+        path.unlink()
+    elif how == "edited":
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("unpickled!",)
+
+
+@pytest.mark.parametrize("how, message", [
+    ("truncated", "truncated"), ("a pickle", "not a safetensors file"), ("gone", "cannot be read"), ("edited", "does not match the JSON"),
+])
+def test_a_spoiled_checkpoint_is_named_and_never_unpickled(tmp_path, capsys, how, message):
+    path = save_checkpoint(tmp_path / "linear.safetensors", linear(None), {})
+    spoil(path, how)
+    with pytest.raises(CourseError, match=message) as raised:
+        load_checkpoint(path, linear(None))
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    path = save_checkpoint(tmp_path / "linear.safetensors", linear(None), {})
+    with pytest.raises(CourseError, match="another architecture than Linear"):
+        load_checkpoint(path, torch.nn.Linear(2, 2))
+
+
+def test_a_training_state_that_is_a_foreign_pickle_is_not_unpickled(tmp_path, capsys):
+    state = tmp_path / "state"
+    torch.save({"key": Evil()}, state)
+    with pytest.raises(CourseError, match="Delete it to train anew"):
+        fit(linear(None), small_dataset(), Recipe("linear", 1, 64), state_file=state)
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_the_state_of_another_training_is_left_unread(tmp_path):
+    state, recipe = tmp_path / "state", Recipe("linear", 1, 64, learning_rate=0.01)
+    fit(linear(None), small_dataset(), recipe, seed=1, state_file=state)
+    assert len(fit(linear(None), small_dataset(), recipe, seed=0, state_file=state)) == 1
+    assert torch.load(state, weights_only=True)["key"] == training_key(small_dataset(), recipe, 0)
