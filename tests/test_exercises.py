@@ -1,0 +1,91 @@
+"""Unsolved stubs and plausible wrong answers must not pass, and the text says what is wrong."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vision_course.checks import CHECKS, check
+
+
+def convolution_turned(image, kernel, stride=1, padding=0):
+    return F.conv2d(image[None, None], kernel.flip(0, 1)[None, None], stride=stride, padding=padding)[0, 0]
+
+
+def convolution_without_padding(image, kernel, stride=1, padding=0):
+    return F.conv2d(image[None, None], kernel[None, None], stride=stride)[0, 0]
+
+
+def convolution_without_stride(image, kernel, stride=1, padding=0):
+    return F.conv2d(image[None, None], kernel[None, None], padding=padding)[0, 0]
+
+
+def convolution_padded_on_one_side(image, kernel, stride=1, padding=0):
+    return F.conv2d(F.pad(image, (0, 2 * padding, 0, 2 * padding))[None, None], kernel[None, None], stride=stride)[0, 0]
+
+
+def smoothing_over_the_others(logits, labels, smoothing):
+    classes = logits.shape[1]
+    targets = torch.full_like(logits, smoothing / (classes - 1)).scatter(1, labels[:, None], 1 - smoothing)
+    return -(targets * logits.log_softmax(1)).sum(1).mean()
+
+
+def smoothing_summed(logits, labels, smoothing):
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
+
+
+def smoothing_without_softmax(logits, labels, smoothing):
+    targets = F.one_hot(labels, logits.shape[1]) * (1 - smoothing) + smoothing / logits.shape[1]
+    return -(targets * logits).sum(1).mean()
+
+
+def f1_of_means(labels, predicted, classes):
+    hits = torch.bincount(labels[labels == predicted], minlength=classes)
+    precision = (hits / torch.bincount(predicted, minlength=classes)).mean()
+    recall = (hits / torch.bincount(labels, minlength=classes)).mean()
+    return 2 * precision * recall / (precision + recall)
+
+
+def f1_weighted(labels, predicted, classes):
+    hits = torch.bincount(labels[labels == predicted], minlength=classes)
+    support, answers = (torch.bincount(x, minlength=classes) for x in (labels, predicted))
+    return (2 * hits / (support + answers) * support / len(labels)).sum()
+
+
+def f1_not_a_number(labels, predicted, classes):
+    hits = torch.bincount(labels[labels == predicted], minlength=classes)
+    support, answers = (torch.bincount(x, minlength=classes) for x in (labels, predicted))
+    return (2 * hits / (support + answers)).mean()
+
+
+WRONG = [  # number, words that the text must hold, the answer
+    ("2.1", "turned", convolution_turned),
+    ("2.1", "padding is ignored", convolution_without_padding),
+    ("2.1", "stride is ignored", convolution_without_stride),
+    ("2.1", "one side", convolution_padded_on_one_side),
+    ("2.2", "plain cross-entropy", lambda logits, labels, smoothing: F.cross_entropy(logits, labels)),
+    ("2.2", "other classes only", smoothing_over_the_others),
+    ("2.2", "Take the mean", smoothing_summed),
+    ("2.2", "log_softmax", smoothing_without_softmax),
+    ("2.3", "accuracy", lambda labels, predicted, classes: (labels == predicted).float().mean()),
+    ("2.3", "averaged first", f1_of_means),
+    ("2.3", "weighted", f1_weighted),
+    ("2.3", "0 / 0", f1_not_a_number),
+]
+
+
+@pytest.mark.parametrize("number", sorted(CHECKS))
+def test_an_unsolved_stub_says_so(number, capsys):
+    assert not check(number, lambda *arguments, **options: ...)
+    assert capsys.readouterr().out.strip() == f"{number} not solved yet"
+
+
+@pytest.mark.parametrize("number, words, answer", WRONG)
+def test_a_wrong_answer_is_named(number, words, answer, capsys):
+    assert not check(number, answer)
+    said = capsys.readouterr().out
+    assert said.startswith(f"{number} is not right yet") and words in said
+
+
+@pytest.mark.parametrize("number", sorted(CHECKS))
+def test_every_exercise_has_a_wrong_answer_here(number):
+    assert number in {row[0] for row in WRONG}
