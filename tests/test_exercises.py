@@ -57,6 +57,62 @@ def f1_not_a_number(labels, predicted, classes):
     return (2 * hits / (support + answers)).mean()
 
 
+def residual(x, first, second, projection):
+    shortcut = F.conv2d(x, projection, stride=2)
+    return shortcut, F.conv2d(F.relu(F.conv2d(x, first, stride=2, padding=1)), second, padding=1)
+
+
+def residual_relu_too_early(*tensors):
+    shortcut, branch = residual(*tensors)
+    return shortcut + F.relu(branch)
+
+
+def residual_without_inner_relu(x, first, second, projection):
+    branch = F.conv2d(F.conv2d(x, first, stride=2, padding=1), second, padding=1)
+    return F.relu(F.conv2d(x, projection, stride=2) + branch)
+
+
+def residual_with_late_stride(x, first, second, projection):
+    branch = F.conv2d(F.relu(F.conv2d(x, first, padding=1)), second, stride=2, padding=1)
+    return F.relu(F.conv2d(x, projection, stride=2) + branch)
+
+
+def depth_with(kept, scale):
+    def answer(x, branch, keep, training):
+        return x + kept(x, keep) * branch(x) * scale(keep) if training else x + branch(x)
+
+    return answer
+
+
+def each_image(x, keep):
+    return torch.rand(len(x), 1, 1, 1) < keep
+
+
+def depth_as_in_the_paper(x, branch, keep, training):
+    return x + each_image(x, keep) * branch(x) if training else x + keep * branch(x)
+
+
+def depth_without_shortcut(x, branch, keep, training):
+    return each_image(x, keep) * (x + branch(x)) / keep if training else x + branch(x)
+
+
+def blend_with(prepare, choose):
+    def answer(first, second, labels):
+        shares = [i / 10 for i in range(11)]
+        p, q = prepare(first), prepare(second)
+        return choose(shares, [((s * p + (1 - s) * q).argmax(1) == labels).double().mean().item() for s in shares])
+
+    return answer
+
+
+def softmax(logits):
+    return logits.softmax(1)
+
+
+def first_best(shares, scores):
+    return shares[scores.index(max(scores))]
+
+
 WRONG = [  # number, words that the text must hold, the answer
     ("2.1", "turned", convolution_turned),
     ("2.1", "padding is ignored", convolution_without_padding),
@@ -70,6 +126,21 @@ WRONG = [  # number, words that the text must hold, the answer
     ("2.3", "averaged first", f1_of_means),
     ("2.3", "weighted", f1_weighted),
     ("2.3", "0 / 0", f1_not_a_number),
+    ("3.1", "after the addition is missing", lambda *tensors: sum(residual(*tensors))),
+    ("3.1", "before the addition", residual_relu_too_early),
+    ("3.1", "between the two", residual_without_inner_relu),
+    ("3.1", "shortcut is missing", lambda *tensors: F.relu(residual(*tensors)[1])),
+    ("3.1", "stride 1", residual_with_late_stride),
+    ("3.2", "not scaled", depth_with(each_image, lambda keep: 1)),
+    ("3.2", "shrinks at test time", depth_as_in_the_paper),
+    ("3.2", "lost their shortcut", depth_without_shortcut),
+    ("3.2", "in part", depth_with(lambda x, keep: torch.rand_like(x) < keep, lambda keep: 1 / keep)),
+    ("3.2", "share one fate", depth_with(lambda x, keep: torch.rand(1) < keep, lambda keep: 1 / keep)),
+    ("3.2", "not to drop it", depth_with(lambda x, keep: ~each_image(x, keep), lambda keep: 1 / keep)),
+    ("3.3", "logits are mixed", blend_with(lambda logits: logits, first_best)),
+    ("3.3", "second network", lambda *given: 1 - blend_with(softmax, first_best)(*given)),
+    ("3.3", "best accuracy", blend_with(softmax, lambda shares, scores: max(scores))),
+    ("3.3", "equally good", blend_with(softmax, lambda shares, scores: max(zip(scores, shares))[1])),
 ]
 
 

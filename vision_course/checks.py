@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'Unsolved', 'Wrong', 'expect', 'is_like', 'checks', 'check', 'convolved', 'check_convolution',
-           'check_smoothed_loss', 'check_macro_f1']
+           'check_smoothed_loss', 'check_macro_f1', 'check_projection', 'expect_none_of', 'check_stochastic_depth',
+           'check_blend', 'two_networks', 'hits_by_share']
 
 # %% ../nbs/lib/checks.ipynb #af82d3c0
 import math
@@ -94,7 +95,7 @@ def check(
     print(f"{number} solved")
     return True
 
-# %% ../nbs/lib/checks.ipynb #795d3f94
+# %% ../nbs/lib/checks.ipynb #1aaacb39
 def convolved(
     image: torch.Tensor,   # (h, w)
     kernel: torch.Tensor,  # (k, k)
@@ -106,7 +107,7 @@ def convolved(
 
 
 @checks("2.1")
-def check_convolution(answer):
+def check_convolution(answer):  # the learner's function
     "2.1: `my_convolution(image, kernel, stride, padding)`."
     image, kernel = torch.arange(35.0).view(5, 7).sin(), torch.tensor([[0.0, 1, 2], [-1, 0, 3], [-2, 4, 1]])
     came = answer(image, kernel, 1, 0)
@@ -122,9 +123,9 @@ def check_convolution(answer):
     expect(came, convolved(image, kernel, 2, 1), "There are (h + 2·padding − k) // stride + 1 rows.")
     expect(answer(image, kernel[:2, :2], 3, 2), convolved(image, kernel[:2, :2], 3, 2), "Try a kernel that is not 3×3.")
 
-# %% ../nbs/lib/checks.ipynb #ca9ab53c
+# %% ../nbs/lib/checks.ipynb #83927a78
 @checks("2.2")
-def check_smoothed_loss(answer):
+def check_smoothed_loss(answer):  # the learner's function
     "2.2: `my_smoothed_loss(logits, labels, smoothing)`."
     logits, labels = torch.tensor([[2.0, 0.5, -1.0, 0.0], [0.0, 3.0, 1.0, -2.0]]), torch.tensor([0, 2])
     right, came = F.cross_entropy(logits, labels, label_smoothing=0.2), answer(logits, labels, 0.2)
@@ -140,9 +141,9 @@ def check_smoothed_loss(answer):
     expect(came, right, "Targets: (1 − smoothing) · one-hot + smoothing / classes.")
     expect(answer(logits, labels, 0.0), F.cross_entropy(logits, labels), "Without smoothing it is the cross-entropy.")
 
-# %% ../nbs/lib/checks.ipynb #e5d48a9e
+# %% ../nbs/lib/checks.ipynb #76c997d0
 @checks("2.3")
-def check_macro_f1(answer):
+def check_macro_f1(answer):  # the learner's function
     "2.3: `my_macro_f1(labels, predicted, classes)`."
     labels, predicted = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 0, 0, 1, 2, 1, 0, 2, 1])
     precision, recall = torch.tensor([4 / 5, 1 / 3, 1 / 2]), torch.tensor([4 / 6, 1 / 2, 1 / 2])
@@ -158,3 +159,93 @@ def check_macro_f1(answer):
     if came is not None and math.isnan(came):
         raise Wrong("a class that never occurs gives 0 / 0. Count its F1 as 0.")
     expect(came, f1.sum() / 4, "The fourth class never occurs and is never answered: its F1 counts as 0.")
+
+# %% ../nbs/lib/checks.ipynb #372f3f35
+@checks("3.1")
+def check_projection(answer):
+    "3.1: `my_residual_forward(x, first, second, projection)`."
+    draw = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    x, first, second, projection = draw(2, 3, 6, 6), draw(4, 3, 3, 3), draw(4, 4, 3, 3), draw(4, 3, 1, 1)
+    inner, shortcut = F.conv2d(x, first, stride=2, padding=1), F.conv2d(x, projection, stride=2)
+    branch, linear = F.conv2d(F.relu(inner), second, padding=1), F.conv2d(inner, second, padding=1)
+    mistakes = {
+        "the ReLU after the addition is missing.": shortcut + branch,
+        "the ReLU between the two convolutions is missing.": F.relu(shortcut + linear),
+        "the last ReLU comes before the addition. It belongs on the sum.": shortcut + F.relu(branch),
+        "the shortcut is missing. Add the projected input to the branch.": F.relu(branch),
+        "the projection has a ReLU of its own. It is a convolution and nothing else.": F.relu(F.relu(shortcut) + branch),
+    }
+    expect_none_of(answer(x, first, second, projection), mistakes)
+    expect(answer(x, first, second, projection), F.relu(shortcut + branch), "Only the second convolution has stride 1.")
+
+
+def expect_none_of(
+    came,                # what the learner's function returned
+    mistakes: dict,      # what to say -> what that known mistake would return
+) -> None:
+    "Name a known mistake."
+    for words, mistaken in mistakes.items():
+        if is_like(came, mistaken):
+            raise Wrong(words)
+
+# %% ../nbs/lib/checks.ipynb #5a2658d1
+@checks("3.2")
+def check_stochastic_depth(answer):
+    "3.2: `my_stochastic_depth(x, branch, keep, training)`."
+    x, keep = torch.full((4000, 2, 3, 3), 5.0), 0.8
+    came = answer(x, torch.ones_like, keep, False)
+    expect_none_of(came, {"the branch shrinks at test time. Divide by `keep` in training instead, and leave this case alone.": x + keep})
+    expect(came, x + 1, "Without training it is x + branch(x).")
+    came = answer(x, torch.ones_like, keep, True)
+    expect(came * 0, x * 0, "The output has the shape of x.")
+    each = (came - x).flatten(1)  # (images, numbers): what was added
+    kept = (each[:, 0].abs() > 0.01).float().mean().item()
+    if each.min() < -0.01:
+        raise Wrong("some images lost their shortcut. Only the branch is dropped.")
+    if (each.amax(1) - each.amin(1)).max() > 0.01:
+        raise Wrong("an image was kept in part. Draw one number for each image: shape (batch, 1, 1, 1).")
+    if kept in (0, 1):
+        raise Wrong("all images share one fate. Draw one number for each image: shape (batch, 1, 1, 1).")
+    if abs(kept - (1 - keep)) < 0.05:
+        raise Wrong(f"{kept:.0%} kept their branch: `keep` is the probability to keep it, not to drop it.")
+    expect_none_of(each.max(), {"what is kept is not scaled, so the mean of the sum is too small. Divide it by `keep`.": 1.0})
+    expect(each.max(), 1 / keep, "What is kept is divided by `keep`.")
+    expect(kept, keep, "`keep` is the share of images that keep their branch.", tolerance=0.04)
+
+# %% ../nbs/lib/checks.ipynb #41390d08
+@checks("3.3")
+def check_blend(answer):
+    "3.3: `my_blend(first, second, labels)`."
+    first, second, labels = two_networks(seed=3)
+    hits, of_logits = hits_by_share(first.softmax(1), second.softmax(1), labels), hits_by_share(first, second, labels)
+    right, came = hits.index(max(hits)) / 10, answer(first, second, labels)
+    expect_none_of(came, {
+        "the logits are mixed. Turn them into probabilities first, each network's on its own.": of_logits.index(max(of_logits)) / 10,
+        "that is the share of the second network.": 1 - right,
+        "that is the best accuracy. Return the share that reaches it.": max(hits) / len(labels),
+    })
+    expect(came, right, "Count the right answers at 0, 0.1, … 1.")
+    first, second, labels = two_networks(seed=1)  # 0.1 and 0.2 are equally good
+    came = answer(first, second, labels)
+    expect_none_of(came, {"two shares are equally good, and the smaller is asked for.": 0.2})
+    expect(came, 0.1, "Count the right answers at 0, 0.1, … 1.")
+
+
+def two_networks(
+    seed: int,  # of the noise
+) -> tuple:     # logits (300, 4) of a sure and of a better but less sure network, labels (300,)
+    "Logits of two made-up networks."
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 4, (300,), generator=generator)
+    noise = [torch.randn(300, 4, generator=generator) for _ in range(2)]
+    return (F.one_hot(labels, 4) + noise[0]) * 6, (F.one_hot(labels, 4) + 0.8 * noise[1]) * 0.8, labels
+
+
+def hits_by_share(
+    first: torch.Tensor,   # (images, classes) scores of one network
+    second: torch.Tensor,  # (images, classes) scores of another
+    labels: torch.Tensor,  # (images,)
+) -> list[int]:            # right answers at a share of 0, 0.1, … 1 of the first
+    "Count how often a mixture is right."
+    shares = [i / 10 for i in range(11)]
+    return [((s * first + (1 - s) * second).argmax(1) == labels).sum().item() for s in shares]
