@@ -162,7 +162,7 @@ class Chance:
         "Every class once in each ten images, in random order."
         return torch.rand((CHUNK // 10, 10), generator=self.generator).argsort(stable=True).flatten()[: self.wanted]
 
-# %% ../nbs/lib/shapes.ipynb #a3d3fe6a
+# %% ../nbs/lib/shapes.ipynb #2e9a3eb5
 def turned(
     x: Tensor,  # (images, height, width)
     y: Tensor,  # same shape
@@ -177,7 +177,7 @@ def wave(
     position: Tensor,  # any shape
 ) -> Tensor:           # same shape, in [0, 1]
     "A zigzag with period 1."
-    return (2 * (position % 1) - 1).abs()
+    return (2 * (position - position.floor()) - 1).abs()
 
 
 def texture(
