@@ -268,9 +268,10 @@ def _spread(positions, gap):
         places[i] = min(places[i], ceiling - gap * (len(places) - 1 - i))
     return places[np.argsort(order)]
 
-# %% ../nbs/lib/plots.ipynb #1d5757cd
+# %% ../nbs/lib/plots.ipynb #0f0ca949
 def _label_ends(ax, ends, height):
     "Write each name at the right of its line, in its colour; `ends` are the last points, `height` that of the axes in inches."
+    ax.autoscale_view()
     points = ax.transLimits.transform(ax.transScale.transform(np.array(list(ends.values()))))
     for i, (name, y) in enumerate(zip(ends, _spread(points[:, 1], 0.135 / height))):
         ax.text(1.015, y, textwrap.fill(name, 26), transform=ax.transAxes, va="center", fontsize=7.5,

@@ -461,7 +461,7 @@ def train_and_describe(
         "history": history.to_dict("records"), "provenance": provenance(),
     }
 
-# %% ../nbs/lib/train.ipynb #8af9d323
+# %% ../nbs/lib/train.ipynb #5a07b57c
 class RateSearch(NamedTuple):
     "What the learning-rate finder saw."
     rates: list[float]   # learning rates that were tried, rising
@@ -474,8 +474,8 @@ def find_learning_rate(
     dataset: Dataset,   # its training split is used
     recipe: Recipe,     # says which optimiser, batch size, augmentation, label smoothing; its rate is not used
     seed: int = 0,      # order, augmentation and dropout
-    steps: int = 100,   # how many rates to try, at least 10
-    limits: tuple[float, float] = (1e-4, 10.0),  # lowest and highest rate
+    steps: int = 200,   # how many rates to try, at least 10
+    limits: tuple[float, float] = (1e-3, 10.0),  # lowest and highest rate
 ) -> RateSearch:        # rates, smoothed losses and a suggestion
     "Raise the learning rate step by step until the loss explodes, on a copy of the model."
     if not (0 < limits[0] < limits[1] and steps >= 10):
@@ -487,14 +487,14 @@ def find_learning_rate(
     lowest = min(range(len(losses)), key=losses.__getitem__)
     return RateSearch(rates[: len(losses)], losses, rates[lowest] / 4)
 
-# %% ../nbs/lib/train.ipynb #6972ba03
+# %% ../nbs/lib/train.ipynb #465d51c7
 def losses_at(
     rates: list[float],  # learning rates, one a step
     model: nn.Module,    # is trained
     dataset: Dataset,    # its training split is used
     recipe: Recipe,      # optimiser, batch size, augmentation, label smoothing
     seed: int,           # order and augmentation
-) -> list[float]:        # loss before each step, in nats; ends when it is three times the lowest, or no number
+) -> list[float]:        # loss before each step, in nats; ends when it explodes
     "Train one step at each rate."
     device = pick_device()
     model = model.to(device, memory_format=torch.channels_last).train()
@@ -506,13 +506,15 @@ def losses_at(
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)):
             logits = model(images)  # (batch, classes)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+        if not math.isfinite(loss.item()):
+            break
         losses.append(loss.item())
-        if not losses[-1] <= 3 * min(losses):
+        if smoothed(losses)[-1] > min(smoothed(losses)) + 0.2:
             break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return [value for value in losses if math.isfinite(value)]
+    return losses
 
 # %% ../nbs/lib/train.ipynb #bb86feac
 def endless(
