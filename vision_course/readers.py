@@ -228,11 +228,11 @@ def cached_pixels(
     refuse({} if skip_bad else bad)
     return np.load(target, mmap_mode="c"), bad
 
-# %% ../nbs/lib/readers.ipynb #2aaf120a
+# %% ../nbs/lib/readers.ipynb #22cb2b1c
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SIDE_NAMES = {"train": ("train", "training"), "valid": ("valid", "val", "validation"), "test": ("test", "testing")}
 
-
+# %% ../nbs/lib/readers.ipynb #a6489f3a
 def class_folders(
     folder: Path,  # holds one folder a class
 ) -> list[Path]:   # sorted by name
@@ -257,7 +257,7 @@ def find_sides(
     sides = {side: next((folder / n for n in names if (folder / n).is_dir()), None) for side, names in SIDE_NAMES.items()}
     return {side: path for side, path in sides.items() if path} if sides["train"] else {"train": folder}
 
-# %% ../nbs/lib/readers.ipynb #256c4903
+# %% ../nbs/lib/readers.ipynb #1bb7712e
 def read_folder(
     folder: Path,           # train/<class>/… with optional valid/ and test/, or <class>/…
     root: Path,             # decoded images are kept in .cache below it
@@ -279,7 +279,7 @@ def read_folder(
     pixels, bad = cached_pixels([file for _, _, file in files], folder, root / ".cache", size, skip_bad)
     return listed_source(files, pixels, bad, classes)
 
-
+# %% ../nbs/lib/readers.ipynb #223f5455
 def listed_source(
     files: list[tuple[str, int, Path]],  # side, label and path of each image
     pixels: np.ndarray,                  # uint8 (images, size, size, 3)
@@ -328,7 +328,7 @@ def names_in_words(
     names = [words.get(code, code).split(",")[0] for code in codes]
     return tuple(f"{name} ({code})" if names.count(name) > 1 else name for name, code in zip(names, codes))
 
-# %% ../nbs/lib/readers.ipynb #5ea96348
+# %% ../nbs/lib/readers.ipynb #022fd412
 READERS = {"cifar10": read_cifar10, "fashion_mnist": read_fashion_mnist}
 NAMES = ("shapes", *READERS, "tiny_imagenet")
 
@@ -346,13 +346,13 @@ def find_source(
         source = READERS[name](root)
         source.images = resized(source.images, size) if size else source.images
         return source
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return read_folder(Path(name), root, size or 64, skip_bad)
     close = difflib.get_close_matches(str(name), NAMES, 1, 0.5)
     hint = f"Did you mean {close[0]}?" if close else f"Choose {', '.join(NAMES)}, or the path of a folder of class folders."
     raise CourseError(f"data set {str(name)!r}: not known, and there is no folder of this name. {hint}")
 
-
+# %% ../nbs/lib/readers.ipynb #762efaa1
 def resized(
     images: Tensor,  # uint8 (images, 3, height, width)
     size: int,       # new height and width, pixels
@@ -361,7 +361,7 @@ def resized(
     parts = [F.interpolate(x.float(), (size, size), mode="bilinear", antialias=True) for x in images.split(2048)]
     return torch.cat([x.round().clamp(0, 255).byte() for x in parts]).contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/lib/readers.ipynb #584deced
+# %% ../nbs/lib/readers.ipynb #83d2ed2d
 def memory_limit() -> int:  # bytes; $VISION_COURSE_MEMORY_LIMIT in GiB, else half of what is available
     "How large a data set may be to be held in memory."
     value = os.environ.get("VISION_COURSE_MEMORY_LIMIT")
@@ -370,7 +370,7 @@ def memory_limit() -> int:  # bytes; $VISION_COURSE_MEMORY_LIMIT in GiB, else ha
     except ValueError:
         raise CourseError(f"VISION_COURSE_MEMORY_LIMIT={value!r}: not a number. Give GiB, such as 4.") from None
 
-
+# %% ../nbs/lib/readers.ipynb #02a78128
 def reordered(
     pixels: Tensor,  # uint8 (images, height, width, 3)
     order: Tensor,   # int64 (kept,) which images, in which order

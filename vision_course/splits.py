@@ -77,7 +77,7 @@ def stratified_rows(
     by_class = order[labels[order].argsort(stable=True)]
     return by_class[torch.arange(count) * len(labels) // count].sort().values
 
-# %% ../nbs/lib/splits.ipynb #c6024983
+# %% ../nbs/lib/splits.ipynb #a87e2c8e
 def make_sides(
     source: Source,  # a data set as it came from the disk
     groups: Tensor,  # int64 (images,), equal for equal images
@@ -101,7 +101,7 @@ def make_sides(
         raise CourseError(f"{empty[0]}: no image is left, all are copies of images on another side. Add images.")
     return {side: sides[side] for side in ("train", "valid", "test")}, before - sum(map(len, sides.values()))
 
-
+# %% ../nbs/lib/splits.ipynb #b3bbe990
 def _without(indices, others, groups):
     taken = torch.zeros(int(groups.max()) + 1, dtype=torch.bool)
     taken[groups[others]] = True
