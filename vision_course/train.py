@@ -9,11 +9,12 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'MIXINGS', 'Recipe', 'small_cnn_recipe', '
            'train_and_describe', 'RateSearch', 'find_learning_rate', 'losses_at', 'endless', 'smoothed',
            'shifted_views', 'predict_augmented']
 
-# %% ../nbs/lib/train.ipynb #c75fea15
+# %% ../nbs/lib/train.ipynb #ccce7ff8
 import copy
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -37,7 +38,7 @@ from vision_course.core import (
 )
 from .data import Batches, Dataset, Split, augmentation, cutmix, derive_seed, mixup
 
-# %% ../nbs/lib/train.ipynb #1123c641
+# %% ../nbs/lib/train.ipynb #3ee950f0
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("onecycle", "cosine", "plateau", "constant")
 MIXINGS = ("none", "mixup", "cutmix")
@@ -55,7 +56,7 @@ class Recipe:
     schedule: str = "onecycle"     # "onecycle", "cosine" (after a warm-up), "plateau" or "constant"
     label_smoothing: float = 0.0   # share of the target spread over all classes, in [0, 1)
     mixing: str = "none"           # "none", "mixup" or "cutmix"
-    augment: str = "flip+crop"     # augmentations of chapter 1, joined by +
+    augment: str = "flip+crop"     # augmentations of chapter 1, joined by +; "a>b": a for the first 70 % of the epochs, then b
     patience: int | None = None    # stop after so many epochs without a better validation score
 
     def __post_init__(self):
@@ -72,15 +73,21 @@ class Recipe:
         demand("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         demand("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         demand("mixing", self.mixing in MIXINGS, f"one of {', '.join(MIXINGS)}")
-        augmentation(self.augment)
+        for part in self.augment.split(">"):
+            augmentation(part)
 
-# %% ../nbs/lib/train.ipynb #8d73344b
+    def augment_at(self, epoch: int) -> str:
+        "The augmentations of an epoch, which counts from 0."
+        early, _, late = self.augment.rpartition(">")
+        return early if early and epoch < 0.7 * self.epochs else late
+
+# %% ../nbs/lib/train.ipynb #9de3aa94
 def small_cnn_recipe(
     dataset: Dataset,          # gives the name and the number of training images
     epochs: int | None = None, # None: what suits the data set
 ) -> Recipe:
     "How the course trains the small network."
-    known = {"shapes": 15, "cifar10": 30, "fashion_mnist": 12, "tiny_imagenet": 20}
+    known = {"shapes": 12, "cifar10": 30, "fashion_mnist": 12, "tiny_imagenet": 20}
     epochs = epochs or known.get(dataset.name) or min(60, max(10, 300_000 // len(dataset.train)))
     return Recipe("small_cnn", epochs)
 
@@ -178,7 +185,7 @@ def evaluate(
         "images": len(split),
     }
 
-# %% ../nbs/lib/train.ipynb #7ff49ba7
+# %% ../nbs/lib/train.ipynb #4a8dfad1
 def mix_batch(
     images: Tensor,   # (batch, 3, h, w) in [0, 1]
     labels: Tensor,   # (batch,) int64
@@ -198,15 +205,17 @@ def make_accelerator(
     logs: Path | None = None,    # folder that a tracker writes to
 ):                               # accelerate's Accelerator: device, precision and processes
     "One place that knows about devices, mixed precision and several processes."
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
+    with warnings.catch_warnings():  # in a notebook tqdm misses its widgets, which we don't use
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, PartialState
 
     device = pick_device()
     AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
     precision = "bf16" if fast_bfloat16(device) else "no"
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, log_with=tracker, project_dir=logs)
 
-# %% ../nbs/lib/train.ipynb #72d0ae3d
+# %% ../nbs/lib/train.ipynb #4127b5ab
 class Trainer:
     "One training: knows where it stands after each epoch, and can go on from there."
 
@@ -220,9 +229,7 @@ class Trainer:
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if recipe.batch_size % world:
             raise CourseError(f"batch size {recipe.batch_size}: must divide by the {world} processes.")
-        self.batches = Batches(
-            dataset.train, recipe.batch_size, augmentation(recipe.augment), shuffle=True, seed=seed, device=self.device
-        )
+        self.batches = Batches(dataset.train, recipe.batch_size, shuffle=True, seed=seed, device=self.device)
         self.batches.shard = (rank, world)
         self.optimizer = make_optimizer(self.plain, recipe)
         self.scheduler = make_scheduler(self.optimizer, recipe, recipe.epochs * len(self.batches))
@@ -258,7 +265,7 @@ class Trainer:
         torch.manual_seed(derive_seed(self.seed, epoch, self.accelerator.process_index))  # for dropout
         mixing = torch.Generator(self.device).manual_seed(derive_seed(self.seed, epoch, 1000 + self.accelerator.process_index))
         losses, hits = torch.zeros(len(self.batches), device=self.device), torch.zeros((), device=self.device)
-        self.batches.epoch, seen = epoch, 0
+        self.batches.epoch, self.batches.augment, seen = epoch, augmentation(self.recipe.augment_at(epoch)), 0
         self.model.train()
         for step, (images, labels) in enumerate(self.batches):
             images, targets = mix_batch(images, labels, classes, self.recipe.mixing, mixing)
