@@ -144,15 +144,12 @@ def test_importing_the_package_takes_less_than_three_seconds():
 
 def test_two_processes_train_as_well_as_one(course):
     launch = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port", "0")
-    words = ("train", "small_cnn", "--epochs", "6")
     scores = []
     for launcher in ((), launch):
-        done = course(*words, launcher=launcher)
+        done = course("train", "small_cnn", "--epochs", 6, launcher=launcher)
         assert done.returncode == 0, done.stderr
         weights = next(course.outputs.rglob("small_cnn-seed0.safetensors"))
-        shown = [course("evaluate", weights, "--split", split).stdout for split in ("valid", "test")]
-        scores.append([float(text.split("accuracy ")[1].split("%")[0]) for text in shown])
+        shown = course("evaluate", weights, "--split", "test").stdout
+        scores.append(float(shown.split("accuracy ")[1].split("%")[0]))
         weights.unlink()
-    print(scores)
-    one, two = ((valid * 1000 + test * 2000) / 3000 for valid, test in scores)
-    assert abs(one - two) <= 0.5, scores
+    assert min(scores) > 50 and abs(scores[0] - scores[1]) <= 0.5, scores

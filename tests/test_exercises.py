@@ -7,6 +7,11 @@ import torch.nn.functional as F
 from vision_course.checks import CHECKS, check
 
 
+def statistics_with_variance(batches):
+    pixels = torch.cat(batches).transpose(0, 1).flatten(1)
+    return pixels.mean(1), pixels.var(1, correction=0)
+
+
 def convolution_turned(image, kernel, stride=1, padding=0):
     return F.conv2d(image[None, None], kernel.flip(0, 1)[None, None], stride=stride, padding=padding)[0, 0]
 
@@ -114,6 +119,11 @@ def first_best(shares, scores):
 
 
 WRONG = [  # number, words that the text must hold, the answer
+    ("1.1", "average of the batches' means", lambda batches: [torch.stack([b.mean((0, 2, 3)) for b in batches]).mean(0)] * 2),
+    ("1.1", "this is the variance", statistics_with_variance),
+    ("1.2", "all images are mirrored", lambda images, mirrored: images.flip(2)),
+    ("1.2", "left to right", lambda images, mirrored: torch.where(mirrored[:, None, None, None], images.flip(3), images)),
+    ("1.3", "reaches over the edge", lambda height, width, y, x, *box: 1 - box[0] * box[1] / (height * width)),
     ("2.1", "turned", convolution_turned),
     ("2.1", "padding is ignored", convolution_without_padding),
     ("2.1", "stride is ignored", convolution_without_stride),
