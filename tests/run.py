@@ -12,18 +12,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
 
-def run(*words, cwd=ROOT):
-    return subprocess.run([str(word) for word in words], cwd=cwd, capture_output=True, text=True, env=environment())
+def run(*words, cwd=ROOT, **more):
+    return subprocess.run([str(word) for word in words], cwd=cwd, capture_output=True, text=True, env=environment(**more))
 
 
-def environment():
-    return {**os.environ, "VISION_COURSE_QUIET": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+def environment(**more):
+    return {**os.environ, "VISION_COURSE_QUIET": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **more}
 
 
 def notebooks():
@@ -56,9 +57,9 @@ def clean():
     return dirty and f"not clean (run nbdev_clean): {dirty}"
 
 
-def notebook(path):
+def notebook(path, **more):
     """Every cell of a notebook runs, and its tests hold."""
-    done = run(BIN / "nbdev_test", "--path", path, "--n_workers", 0, "--do_print")
+    done = run(BIN / "nbdev_test", "--path", path, "--n_workers", 0, "--do_print", **more)
     return done.returncode and (done.stdout + done.stderr)
 
 
@@ -74,7 +75,8 @@ def report(name, check):
 def pytest_counts():
     """Run pytest, showing what it prints, and read its last line."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "--durations=10", "tests"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "pytest", "-q", "-n", "2", "--durations=10", "tests"],
+        cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, text=True,
     )
     last = ""
     for line in process.stdout:
@@ -88,7 +90,11 @@ def pytest_counts():
 def main(words):
     chosen = [path for path in notebooks() if not words or any(word in str(path) for word in words)]
     results = [] if words else [report("exported files", exported), report("clean notebooks", clean)]
-    results += [report(path.relative_to(ROOT), lambda: notebook(path)) for path in chosen]
+    chapters = [path for path in chosen if path.parent.name == "nbs"]  # these train, and need the machine for themselves
+    results += [report(path.relative_to(ROOT), lambda: notebook(path)) for path in chapters]
+    with ThreadPoolExecutor(2) as pool:
+        light = [path for path in chosen if path not in chapters]
+        results += pool.map(lambda path: report(path.relative_to(ROOT), lambda: notebook(path, OMP_NUM_THREADS="1")), light)
     passed, failed, skipped = (0, 0, 0) if words else pytest_counts()
     passed, failed = passed + sum(results), failed + results.count(False)
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))

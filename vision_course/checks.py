@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/lib/checks.ipynb #26597b26
+# %% ../nbs/lib/checks.ipynb #0ef41317
 class Unsolved(Exception):
     "The stub has not been filled in."
 
@@ -44,6 +44,7 @@ def expect(
         raise Wrong(f"expected {_short(expected_tensor)}, came {_short(came_tensor)}. {hint}")
 
 
+# %% ../nbs/lib/checks.ipynb #b037dd23
 def is_like(
     came,      # what the learner's function returned
     mistaken,  # what a known mistake would return
@@ -96,9 +97,12 @@ def check(
     print(f"{number} solved")
     return True
 
-# %% ../nbs/lib/checks.ipynb #5a95cfd1
+# %% ../nbs/lib/checks.ipynb #3bc1c3e2
 @checks("1.1")
-def check_statistics(answer):
+def check_statistics(
+    answer,  # the learner's function
+) -> None:
+    "Statistics over batches of different sizes."
     generator = torch.Generator().manual_seed(0)
     batches = [torch.rand(n, 3, 4, 4, generator=generator) * scale for n, scale in ((5, 1.0), (1, 0.2), (2, 0.5))]
     pixels = torch.cat(batches).transpose(0, 1).flatten(1)
@@ -118,9 +122,12 @@ def check_statistics(answer):
         raise Wrong("this is the variance; the standard deviation is its square root.")
     expect(std, pixels.std(1, correction=0), "std² is the mean of the squares minus the square of the mean.", tolerance=1e-2)
 
-# %% ../nbs/lib/checks.ipynb #8ebc9c58
+# %% ../nbs/lib/checks.ipynb #d6dfa3e1
 @checks("1.2")
-def check_vertical_flip(answer):
+def check_vertical_flip(
+    answer,  # the learner's function
+) -> None:
+    "Each image is mirrored by its own coin."
     images = torch.arange(3 * 3 * 4 * 4, dtype=torch.float32).view(3, 3, 4, 4)
     mirrored = torch.tensor([True, False, True])
     came = answer(images.clone(), mirrored)
@@ -132,9 +139,12 @@ def check_vertical_flip(answer):
         raise Wrong("the coins are taken the wrong way round: True means mirrored.")
     expect(came, torch.where(mirrored[:, None, None, None], images.flip(2), images), "Mirror images[mirrored] along the rows.")
 
-# %% ../nbs/lib/checks.ipynb #5cc458c3
+# %% ../nbs/lib/checks.ipynb #9333947f
 @checks("1.3")
-def check_cutmix_share(answer):
+def check_cutmix_share(
+    answer,  # the learner's function
+) -> None:
+    "The share of the label that a box leaves."
     for case in ((32, 32, 16, 16, 8, 8), (32, 32, 0, 0, 16, 16), (32, 32, 31, 10, 20, 6), (10, 20, 5, 19, 4, 10), (8, 8, 4, 4, 20, 20)):
         height, width, y, x, box_height, box_width = case
         rows = min(height, y - box_height // 2 + box_height) - max(0, y - box_height // 2)
@@ -211,9 +221,11 @@ def check_macro_f1(answer):  # the learner's function
         raise Wrong("a class that never occurs gives 0 / 0. Count its F1 as 0.")
     expect(came, f1.sum() / 4, "The fourth class never occurs and is never answered: its F1 counts as 0.")
 
-# %% ../nbs/lib/checks.ipynb #372f3f35
+# %% ../nbs/lib/checks.ipynb #50abc61b
 @checks("3.1")
-def check_projection(answer):
+def check_projection(
+    answer,  # the learner's function
+) -> None:
     "3.1: `my_residual_forward(x, first, second, projection)`."
     draw = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
     x, first, second, projection = draw(2, 3, 6, 6), draw(4, 3, 3, 3), draw(4, 4, 3, 3), draw(4, 3, 1, 1)
@@ -239,9 +251,11 @@ def expect_none_of(
         if is_like(came, mistaken):
             raise Wrong(words)
 
-# %% ../nbs/lib/checks.ipynb #5a2658d1
+# %% ../nbs/lib/checks.ipynb #cc8d692f
 @checks("3.2")
-def check_stochastic_depth(answer):
+def check_stochastic_depth(
+    answer,  # the learner's function
+) -> None:
     "3.2: `my_stochastic_depth(x, branch, keep, training)`."
     x, keep = torch.full((4000, 2, 3, 3), 5.0), 0.8
     came = answer(x, torch.ones_like, keep, False)
@@ -263,9 +277,11 @@ def check_stochastic_depth(answer):
     expect(each.max(), 1 / keep, "What is kept is divided by `keep`.")
     expect(kept, keep, "`keep` is the share of images that keep their branch.", tolerance=0.04)
 
-# %% ../nbs/lib/checks.ipynb #41390d08
+# %% ../nbs/lib/checks.ipynb #7e82c3f6
 @checks("3.3")
-def check_blend(answer):
+def check_blend(
+    answer,  # the learner's function
+) -> None:
     "3.3: `my_blend(first, second, labels)`."
     first, second, labels = two_networks(seed=3)
     hits, of_logits = hits_by_share(first.softmax(1), second.softmax(1), labels), hits_by_share(first, second, labels)

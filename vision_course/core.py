@@ -61,7 +61,7 @@ def output_folder(
         raise CourseError(f"{folder}: cannot be made ({error.strerror}). Choose a folder that you may write to.") from None
     return folder
 
-# %% ../nbs/lib/core.ipynb #e1dd24fe
+# %% ../nbs/lib/core.ipynb #62e88fbd
 def write_atomic(
     path: Path,            # the file to write; its folder is made if missing
     content: bytes | str,  # text is stored as UTF-8
@@ -88,6 +88,7 @@ def write_atomic(
     return path
 
 
+# %% ../nbs/lib/core.ipynb #13d1e118
 def save_json(
     path: Path,    # the file to write
     value: object, # anything that JSON can hold; numpy and torch numbers are taken as plain ones
@@ -157,7 +158,7 @@ def _has_bf16_flag():
     flags = Path("/proc/cpuinfo")
     return flags.exists() and re.search(r"avx512_bf16|amx_bf16", flags.read_text()) is not None
 
-# %% ../nbs/lib/core.ipynb #707a0aa9
+# %% ../nbs/lib/core.ipynb #285f5a74
 def provenance() -> dict:  # commit, versions, device, threads, time
     "On what, with what and when something was measured."
     packages = ("torch", "torchvision", "numpy", "vision_course")
@@ -181,6 +182,7 @@ def device_in_words() -> str:  # such as "AMD EPYC, 2 cores" or "NVIDIA H200"
     return f"{name}, {os.cpu_count()} cores"
 
 
+# %% ../nbs/lib/core.ipynb #88dd1f34
 def _version(package):
     try:
         return version(package)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'MIXINGS', 'Recipe', 'small_cnn_recipe', 'make_optimizer', 'learning_rate_factor',
            'make_scheduler', 'seeds_for', 'predict', 'evaluating', 'evaluate', 'mix_batch', 'make_accelerator',
-           'Trainer', 'fit', 'training_key', 'Trained', 'save_checkpoint', 'load_checkpoint', 'load_or_train',
-           'train_and_describe', 'RateSearch', 'find_learning_rate', 'losses_at', 'endless', 'smoothed',
-           'shifted_views', 'predict_augmented']
+           'Trainer', 'show_progress', 'demand_finite', 'save_state', 'load_state', 'fit', 'training_key', 'Trained',
+           'save_checkpoint', 'load_checkpoint', 'load_or_train', 'train_and_describe', 'RateSearch',
+           'find_learning_rate', 'losses_at', 'endless', 'smoothed', 'shifted_views', 'predict_augmented']
 
 # %% ../nbs/lib/train.ipynb #ccce7ff8
 import copy
@@ -81,13 +81,13 @@ class Recipe:
         early, _, late = self.augment.rpartition(">")
         return early if early and epoch < 0.7 * self.epochs else late
 
-# %% ../nbs/lib/train.ipynb #9de3aa94
+# %% ../nbs/lib/train.ipynb #802221bd
 def small_cnn_recipe(
     dataset: Dataset,          # gives the name and the number of training images
     epochs: int | None = None, # None: what suits the data set
 ) -> Recipe:
     "How the course trains the small network."
-    known = {"shapes": 12, "cifar10": 30, "fashion_mnist": 12, "tiny_imagenet": 20}
+    known = {"shapes": 10, "cifar10": 30, "fashion_mnist": 12, "tiny_imagenet": 20}
     epochs = epochs or known.get(dataset.name) or min(60, max(10, 300_000 // len(dataset.train)))
     return Recipe("small_cnn", epochs)
 
@@ -146,7 +146,7 @@ def seeds_for(
     cheap = len(dataset.train) <= 20_000 or pick_device().type == "cuda"
     return [seed + i for i in range(3 if cheap else 1)]
 
-# %% ../nbs/lib/train.ipynb #5fcdada4
+# %% ../nbs/lib/train.ipynb #c3563e91
 def predict(
     model: nn.Module,        # takes images in [0, 1], gives logits
     split: Split,            # the images
@@ -159,6 +159,7 @@ def predict(
     return torch.cat(logits)
 
 
+# %% ../nbs/lib/train.ipynb #a533167a
 @contextmanager
 def evaluating(
     model: nn.Module,  # any module
@@ -215,7 +216,7 @@ def make_accelerator(
     precision = "bf16" if fast_bfloat16(device) else "no"
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, log_with=tracker, project_dir=logs)
 
-# %% ../nbs/lib/train.ipynb #4127b5ab
+# %% ../nbs/lib/train.ipynb #86aa3024
 class Trainer:
     "One training: knows where it stands after each epoch, and can go on from there."
 
@@ -238,7 +239,7 @@ class Trainer:
 
     def run(self):
         "Train to the end, from the last saved epoch if there is one."
-        self.load_state()
+        load_state(self)
         if self.tracker:
             self.accelerator.init_trackers(self.recipe.name, asdict(self.recipe))
         total = self.recipe.epochs * len(self.batches)
@@ -249,7 +250,7 @@ class Trainer:
                     break
                 self.rows.append(self.train_epoch(epoch, bar))
                 self.keep_best()
-                self.save_state()
+                save_state(self)
         self.accelerator.end_training()
         self.plain.load_state_dict(self.best)
         return pd.DataFrame(self.rows)
@@ -266,6 +267,7 @@ class Trainer:
         mixing = torch.Generator(self.device).manual_seed(derive_seed(self.seed, epoch, 1000 + self.accelerator.process_index))
         losses, hits = torch.zeros(len(self.batches), device=self.device), torch.zeros((), device=self.device)
         self.batches.epoch, self.batches.augment, seen = epoch, augmentation(self.recipe.augment_at(epoch)), 0
+        kept = self.state_file is not None and epoch > 0
         self.model.train()
         for step, (images, labels) in enumerate(self.batches):
             images, targets = mix_batch(images, labels, classes, self.recipe.mixing, mixing)
@@ -279,28 +281,11 @@ class Trainer:
                 self.scheduler.step()
             losses[step], seen = loss.detach(), seen + len(labels)
             hits += (logits.detach().argmax(1) == labels).sum()
-            self.show(bar, loss, hits, seen, start)
-        self.demand_finite(losses, epoch)
+            if show_progress(bar, loss, hits, seen, start):
+                demand_finite(loss[None], epoch, epoch * len(self.batches) + step, self.recipe, kept)
+        demand_finite(losses, epoch, epoch * len(self.batches), self.recipe, kept)
         seconds = time.perf_counter() - start
         return self.finish_epoch(epoch, losses.mean(), hits / seen, seen, seconds)
-
-    def show(self, bar, loss, hits, seen, start):
-        "Move the progress bar; read the loss from the device only when the bar is drawn."
-        if bar.update(1):
-            speed = seen / (time.perf_counter() - start)
-            bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {hits.item() / seen:.3f}, {speed:.0f} images/s", refresh=False)
-            self.demand_finite(loss[None], len(self.rows))
-
-    def demand_finite(self, losses, epoch):
-        "Stop when a loss is not a number."
-        bad = (~torch.isfinite(losses)).nonzero()
-        if len(bad):
-            step = epoch * len(self.batches) + (bad[0].item() if len(losses) > 1 else 0) + 1
-            kept = f" The state after epoch {epoch} is kept." if self.state_file and epoch else ""
-            raise CourseError(
-                f"{self.recipe.name}: the loss is {losses[bad[0]].item()} at step {step} (epoch {epoch + 1})."
-                f" Lower the learning rate, which is {self.recipe.learning_rate:g}.{kept}"
-            )
 
     def finish_epoch(self, epoch, loss, accuracy, seen, seconds):
         "Average over processes, validate on the first of them, and write the row of the history."
@@ -327,31 +312,68 @@ class Trainer:
             self.best_score = self.rows[-1]["valid_accuracy"]
             self.best = {name: value.detach().cpu().clone() for name, value in self.plain.state_dict().items()}
 
-    def save_state(self):
-        "Write all that is needed to go on, whole or not at all."
-        if self.state_file and self.accelerator.is_main_process:
-            buffer = BytesIO()
-            torch.save({
-                "key": self.key, "rows": self.rows, "best": self.best, "best_score": self.best_score,
-                "model": self.plain.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-            }, buffer)
-            write_atomic(self.state_file, buffer.getvalue())
+# %% ../nbs/lib/train.ipynb #3a858ff5
+def show_progress(
+    bar,            # of `progress`; counts steps
+    loss: Tensor,   # () of this step
+    hits: Tensor,   # () images that were classified rightly in this epoch so far
+    seen: int,      # images in this epoch so far
+    start: float,   # when the epoch began, seconds
+) -> bool:          # True when the bar was drawn
+    "Move the bar by a step."
+    drawn = bool(bar.update(1))
+    if drawn:
+        speed = seen / (time.perf_counter() - start)
+        bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {hits.item() / seen:.3f}, {speed:.0f} images/s", refresh=False)
+    return drawn
 
-    def load_state(self):
-        "Go on where the same training was stopped; a state of another training is left unread."
-        if not (self.state_file and self.state_file.exists()):
-            return
-        try:
-            state = torch.load(self.state_file, map_location=self.device, weights_only=True)
-        except Exception as error:
-            raise CourseError(f"{self.state_file}: cannot be read ({type(error).__name__}). Delete it to train anew.") from None
-        if state["key"] != self.key:
-            return
-        self.rows, self.best, self.best_score = state["rows"], state["best"], state["best_score"]
-        self.plain.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+
+def demand_finite(
+    losses: Tensor,    # (steps,) of one epoch
+    epoch: int,        # counts from 0
+    first_step: int,   # steps before the first of these
+    recipe: Recipe,    # for the message
+    kept: bool,        # the state after the epoch before is on the disk
+) -> None:
+    "Stop when a loss is not a number."
+    bad = (~torch.isfinite(losses)).nonzero()
+    if len(bad):
+        words = f" The state after epoch {epoch} is kept." if kept else ""
+        raise CourseError(
+            f"{recipe.name}: the loss is {losses[bad[0]].item()} at step {first_step + bad[0].item() + 1} (epoch {epoch + 1})."
+            f" Lower the learning rate, which is {recipe.learning_rate:g}.{words}"
+        )
+
+# %% ../nbs/lib/train.ipynb #9a7fa341
+def save_state(
+    trainer: Trainer,  # after an epoch
+) -> None:
+    "Write all that is needed to go on, whole or not at all."
+    if trainer.state_file and trainer.accelerator.is_main_process:
+        buffer = BytesIO()
+        torch.save({
+            "key": trainer.key, "rows": trainer.rows, "best": trainer.best, "best_score": trainer.best_score,
+            "model": trainer.plain.state_dict(), "optimizer": trainer.optimizer.state_dict(),
+            "scheduler": trainer.scheduler.state_dict(),
+        }, buffer)
+        write_atomic(trainer.state_file, buffer.getvalue())
+
+
+def load_state(
+    trainer: Trainer,  # before its first epoch
+) -> None:
+    "Go on where the same training was stopped; a state of another training is left unread."
+    if not (trainer.state_file and trainer.state_file.exists()):
+        return
+    try:
+        state = torch.load(trainer.state_file, map_location=trainer.device, weights_only=True)
+    except Exception as error:  # a damaged or foreign file can raise anything
+        raise CourseError(f"{trainer.state_file}: cannot be read ({type(error).__name__}). Delete it to train anew.") from None
+    if state["key"] == trainer.key:
+        trainer.rows, trainer.best, trainer.best_score = state["rows"], state["best"], state["best_score"]
+        trainer.plain.load_state_dict(state["model"])
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.scheduler.load_state_dict(state["scheduler"])
 
 # %% ../nbs/lib/train.ipynb #ae94f1c2
 def fit(
@@ -379,7 +401,7 @@ def training_key(
 def _argmax(values):
     return max(range(len(values)), key=values.__getitem__) if values else -1
 
-# %% ../nbs/lib/train.ipynb #1593321f
+# %% ../nbs/lib/train.ipynb #f180671e
 @dataclass
 class Trained:
     "A trained network with its history."
@@ -400,6 +422,7 @@ def save_checkpoint(
     return Path(path)
 
 
+# %% ../nbs/lib/train.ipynb #9368cfae
 def load_checkpoint(
     path: Path,        # "<name>.safetensors"
     model: nn.Module,  # of the architecture that was saved; receives the weights
@@ -423,7 +446,7 @@ def load_checkpoint(
         raise CourseError(f"{path}: holds another architecture than {type(model).__name__} ({what}).") from None
     return info
 
-# %% ../nbs/lib/train.ipynb #a4dc3f84
+# %% ../nbs/lib/train.ipynb #50769334
 def load_or_train(
     build: Callable[[Dataset], nn.Module],  # makes the untrained network, such as `small_cnn`
     dataset: Dataset,                       # what to train on
@@ -449,6 +472,7 @@ def load_or_train(
     return Trained(model.eval(), pd.DataFrame(info["history"]), info)
 
 
+# %% ../nbs/lib/train.ipynb #86479bdb
 def train_and_describe(
     model: nn.Module,   # untrained; ends with its best weights
     dataset: Dataset,   # what to train on
