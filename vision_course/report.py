@@ -346,7 +346,7 @@ def make_report(
     print(f"Report: {page}")
     return page
 
-# %% ../nbs/lib/report.ipynb #2721b14b
+# %% ../nbs/lib/report.ipynb #e8df8328
 def publish(
     dataset: str,  # the data set of a finished run
 ) -> Path:         # outputs/published/<dataset>/
@@ -397,7 +397,7 @@ def readme_text() -> str:  # Markdown
     parts = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            parts.append(cell.source.replace("../outputs/", "outputs/").strip())
+            parts.append(cell.source.replace("../outputs/", "outputs/").strip("\n"))
         elif found := re.search(r'published_table\("(\w+)"\)', cell.source):
             parts.append(published_table(found[1]).data)
     return "\n\n".join(parts) + "\n"
