@@ -29,6 +29,8 @@ clean:
 	rm -rf outputs/*/checkpoints outputs/*/results outputs/*/figures outputs/*/notebooks outputs/*/report .pytest_cache
 
 $(READY): settings.ini constraints.txt setup.py
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || \
+		{ echo "This needs Python 3.11, 3.12 or 3.13; name one: make PYTHON=python3.12 …"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,track]"

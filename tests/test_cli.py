@@ -62,6 +62,14 @@ def test_train_then_evaluate(command, photos, tmp_path):
     assert refused(command("evaluate", weights), weights, "truncated")
 
 
+def test_a_tracker_writes_its_log_and_an_unknown_one_is_refused(command, photos, tmp_path):
+    words = ("train", "small_cnn", "--dataset", photos, "--epochs", 1, "--tracker")
+    assert refused(command(*words, "notebook-of-my-aunt"), "notebook-of-my-aunt", "Available here", "tensorboard")
+    status, _, err = command(*words, "tensorboard")
+    assert status == 0, err
+    assert list(tmp_path.rglob("logs/small_cnn/**/events.out.tfevents*"))
+
+
 def test_data_says_what_is_in_a_folder(command, photos):
     status, out, _ = command("data", photos)
     assert status == 0 and "2 classes" in out and "train" in out

@@ -186,7 +186,7 @@ def evaluate(
         "images": len(split),
     }
 
-# %% ../nbs/lib/train.ipynb #4a8dfad1
+# %% ../nbs/lib/train.ipynb #210f4178
 def mix_batch(
     images: Tensor,   # (batch, 3, h, w) in [0, 1]
     labels: Tensor,   # (batch,) int64
@@ -210,13 +210,17 @@ def make_accelerator(
         warnings.filterwarnings("ignore", message="IProgress not found")
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, PartialState
+        from accelerate.tracking import get_available_trackers
 
+    available = [str(kind.value) for kind in get_available_trackers()]
+    if tracker and tracker not in available:
+        raise CourseError(f"tracker {tracker!r}: not installed or not known. Available here: {', '.join(available) or 'none'}.")
     device = pick_device()
     AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
     precision = "bf16" if fast_bfloat16(device) else "no"
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, log_with=tracker, project_dir=logs)
 
-# %% ../nbs/lib/train.ipynb #86aa3024
+# %% ../nbs/lib/train.ipynb #0c4e4c9e
 class Trainer:
     "One training: knows where it stands after each epoch, and can go on from there."
 
@@ -241,7 +245,8 @@ class Trainer:
         "Train to the end, from the last saved epoch if there is one."
         load_state(self)
         if self.tracker:
-            self.accelerator.init_trackers(self.recipe.name, asdict(self.recipe))
+            known = {name: value for name, value in asdict(self.recipe).items() if value is not None}
+            self.accelerator.init_trackers(self.recipe.name, known)
         total = self.recipe.epochs * len(self.batches)
         with progress(range(total), description=self.recipe.name) as bar:
             bar.update(len(self.rows) * len(self.batches))
