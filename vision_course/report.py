@@ -346,7 +346,7 @@ def make_report(
     print(f"Report: {page}")
     return page
 
-# %% ../nbs/lib/report.ipynb #e8df8328
+# %% ../nbs/lib/report.ipynb #06841d34
 def publish(
     dataset: str,  # the data set of a finished run
 ) -> Path:         # outputs/published/<dataset>/
@@ -376,6 +376,7 @@ def _copy_small(source, target):
     write_atomic(target, buffer.getvalue())
 
 
+# %% ../nbs/lib/report.ipynb #4d5976a1
 def published_table(
     dataset: str = "shapes",  # a published run
 ):                            # an IPython Markdown table: chapter, what was measured, value
