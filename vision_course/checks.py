@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHECKS', 'Unsolved', 'Wrong', 'expect', 'is_like', 'checks', 'check', 'check_statistics', 'check_vertical_flip',
            'check_cutmix_share', 'convolved', 'check_convolution', 'check_smoothed_loss', 'check_macro_f1',
-           'check_projection', 'expect_none_of', 'check_stochastic_depth', 'check_blend', 'two_networks',
-           'hits_by_share']
+           'check_projection', 'expect_none_of', 'check_stochastic_depth', 'two_networks', 'hits_by_share',
+           'check_blend']
 
 # %% ../nbs/lib/checks.ipynb #af82d3c0
 import math
@@ -277,27 +277,7 @@ def check_stochastic_depth(
     expect(each.max(), 1 / keep, "What is kept is divided by `keep`.")
     expect(kept, keep, "`keep` is the share of images that keep their branch.", tolerance=0.04)
 
-# %% ../nbs/lib/checks.ipynb #7e82c3f6
-@checks("3.3")
-def check_blend(
-    answer,  # the learner's function
-) -> None:
-    "3.3: `my_blend(first, second, labels)`."
-    first, second, labels = two_networks(seed=3)
-    hits, of_logits = hits_by_share(first.softmax(1), second.softmax(1), labels), hits_by_share(first, second, labels)
-    right, came = hits.index(max(hits)) / 10, answer(first, second, labels)
-    expect_none_of(came, {
-        "the logits are mixed. Turn them into probabilities first, each network's on its own.": of_logits.index(max(of_logits)) / 10,
-        "that is the share of the second network.": 1 - right,
-        "that is the best accuracy. Return the share that reaches it.": max(hits) / len(labels),
-    })
-    expect(came, right, "Count the right answers at 0, 0.1, … 1.")
-    first, second, labels = two_networks(seed=1)  # 0.1 and 0.2 are equally good
-    came = answer(first, second, labels)
-    expect_none_of(came, {"two shares are equally good, and the smaller is asked for.": 0.2})
-    expect(came, 0.1, "Count the right answers at 0, 0.1, … 1.")
-
-
+# %% ../nbs/lib/checks.ipynb #c394c3df
 def two_networks(
     seed: int,  # of the noise
 ) -> tuple:     # logits (300, 4) of a sure and of a better but less sure network, labels (300,)
@@ -316,3 +296,23 @@ def hits_by_share(
     "Count how often a mixture is right."
     shares = [i / 10 for i in range(11)]
     return [((s * first + (1 - s) * second).argmax(1) == labels).sum().item() for s in shares]
+
+# %% ../nbs/lib/checks.ipynb #8d264fcf
+@checks("3.3")
+def check_blend(
+    answer,  # the learner's function
+) -> None:
+    "3.3: `my_blend(first, second, labels)`."
+    first, second, labels = two_networks(seed=3)
+    hits, of_logits = hits_by_share(first.softmax(1), second.softmax(1), labels), hits_by_share(first, second, labels)
+    right, came = hits.index(max(hits)) / 10, answer(first, second, labels)
+    expect_none_of(came, {
+        "the logits are mixed. Turn them into probabilities first, each network's on its own.": of_logits.index(max(of_logits)) / 10,
+        "that is the share of the second network.": 1 - right,
+        "that is the best accuracy. Return the share that reaches it.": max(hits) / len(labels),
+    })
+    expect(came, right, "Count the right answers at 0, 0.1, … 1.")
+    first, second, labels = two_networks(seed=1)  # 0.1 and 0.2 are equally good
+    came = answer(first, second, labels)
+    expect_none_of(came, {"two shares are equally good, and the smaller is asked for.": 0.2})
+    expect(came, 0.1, "Count the right answers at 0, 0.1, … 1.")
