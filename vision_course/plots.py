@@ -203,7 +203,7 @@ def _name_axes(ax, xlabel, ylabel):
     ax.set_ylabel(ylabel, rotation=0, ha="left", va="bottom")
     ax.yaxis.set_label_coords(0.0, 1.02)
 
-# %% ../nbs/lib/plots.ipynb #aa63ff44
+# %% ../nbs/lib/plots.ipynb #7fc1266f
 def _mark(ax, name, x):
     "A dashed vertical line with its name above."
     ax.axvline(x, color=MUTED, linewidth=0.9, linestyle=(0, (3, 2)))
@@ -222,8 +222,8 @@ def _draw_bar(ax, i, row, bar, place):
     if many or not bar:
         ax.plot(mean, i, "|", markersize=9, color=INK, markeredgewidth=1.4, zorder=5)
     words = f"{mean:,.{place}f} ± {deviation:,.{place}f}" if many else f"{mean:,.{place}f}"
-    ax.annotate(words, (max(row.max(), mean + deviation), i), xytext=(6 if many or not bar else 4, 0),
-                textcoords="offset points", va="center", fontsize=7.5)
+    ax.annotate(words, (max(row.max(), mean + deviation), i), xytext=(6 if many or not bar else 4, 0), zorder=6,
+                textcoords="offset points", va="center", fontsize=7.5, path_effects=[withStroke(linewidth=2.5, foreground="white")])
 
 # %% ../nbs/lib/plots.ipynb #e73311a1
 @styled
@@ -398,7 +398,7 @@ def scatter(
     ax.spines["bottom"].set_visible(False)
     return figure
 
-# %% ../nbs/lib/plots.ipynb #e868f7a2
+# %% ../nbs/lib/plots.ipynb #be2d87e3
 @styled
 def confusion(
     matrix,                  # (classes, classes) counts, row: true class, column: predicted
@@ -417,7 +417,7 @@ def confusion(
                 color="white" if norm(share[i, j]) > 0.55 else INK)
     shown = range(0, n, -(-n // 40))
     size = 7.5 if n <= 12 else 6.5 if n <= 20 else 5
-    ax.set_xticks(shown, [classes[k] for k in shown], rotation=0 if n <= 10 else 90, fontsize=size)
+    ax.set_xticks(shown, [classes[k] for k in shown], rotation=0 if n * max(map(len, classes)) <= 90 else 90, fontsize=size)
     ax.set_yticks(shown, [classes[k] for k in shown], fontsize=size)
     ax.set(xlabel="predicted class", ylabel="true class")
     ax.grid(visible=False)
