@@ -9,9 +9,9 @@ __all__ = ['Normalise', 'conv_block', 'SmallCNN', 'small_cnn']
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/02_scratch_cnn.ipynb #dc4eb442
+# %% ../nbs/02_scratch_cnn.ipynb #6ee8d248
 class Normalise(nn.Module):
-    "Subtract the mean and divide by the standard deviation of each channel, both taken from the training split."
+    "Subtract the mean and divide by the standard deviation of each channel, both from the training split."
 
     def __init__(
         self,
@@ -22,7 +22,7 @@ class Normalise(nn.Module):
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:  # (batch, channels, height, width) in [0, 1] -> about zero mean, unit variance
+    def forward(self, x: Tensor) -> Tensor:  # (batch, channels, h, w) in [0, 1] -> the same shape
         return (x - self.mean) / self.std
 
 # %% ../nbs/02_scratch_cnn.ipynb #ac847b25

@@ -22,7 +22,7 @@ def confusion_matrix(
     pairs = labels.long() * classes + predicted.long()  # (images,) in [0, classes²)
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
-# %% ../nbs/lib/metrics.ipynb #605b89d3
+# %% ../nbs/lib/metrics.ipynb #64c08b0a
 def per_class_scores(
     matrix: Tensor,          # (classes, classes) counts; row: true class, column: predicted class
     classes: Sequence[str],  # names in the order of the rows
@@ -36,7 +36,7 @@ def per_class_scores(
         "f1": 2 * hits / (support + answers).clamp(min=1),
         "support": support.long(),
     }
-    return pd.DataFrame({name: column.tolist() for name, column in scores.items()}, index=pd.Index(classes, name="class"))
+    return pd.DataFrame({name: column.tolist() for name, column in scores.items()}, index=list(classes))
 
 # %% ../nbs/lib/metrics.ipynb #bd7a5be2
 def most_confused(

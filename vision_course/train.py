@@ -523,7 +523,7 @@ def find_learning_rate(
     lowest = min(range(len(losses)), key=losses.__getitem__)
     return RateSearch(rates[: len(losses)], losses, rates[lowest] / 4)
 
-# %% ../nbs/lib/train.ipynb #465d51c7
+# %% ../nbs/lib/train.ipynb #49d1f718
 def losses_at(
     rates: list[float],  # learning rates, one a step
     model: nn.Module,    # is trained
@@ -545,7 +545,7 @@ def losses_at(
         if not math.isfinite(loss.item()):
             break
         losses.append(loss.item())
-        if smoothed(losses)[-1] > min(smoothed(losses)) + 0.2:
+        if smoothed(losses)[-1] > min(smoothed(losses)) + 0.1:
             break
         optimizer.zero_grad()
         loss.backward()
