@@ -53,9 +53,14 @@ def style() -> dict:
         "lines.solid_capstyle": "round", "axes.formatter.useoffset": False,
     }
 
-# %% ../nbs/lib/plots.ipynb #ddd987a3
+# %% ../nbs/lib/plots.ipynb #335b6a5f
 class CourseFigure(Figure):
     "A figure that pyplot does not know of, and that still shows itself as the result of a notebook cell."
+
+    def draw(self, renderer):
+        "Draw in the style of the course: matplotlib looks up the size of letters again when it chooses the ticks."
+        with matplotlib.rc_context(style()):
+            super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
