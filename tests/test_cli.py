@@ -133,12 +133,16 @@ def test_a_full_disk_leaves_nothing_half_written(course, photos):
 
 def test_ctrl_c_ends_in_status_130_and_keeps_the_state(course, photos):
     command = [sys.executable, "-m", "vision_course.cli", "train", "small_cnn", "--dataset", str(photos), "--epochs", "5000"]
-    process = subprocess.Popen(command, env=course.environment, stderr=subprocess.PIPE, text=True)
+    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a process started in the background ignores Ctrl-C
+    process = subprocess.Popen(command, env=course.environment, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
     deadline = time.monotonic() + 120
     while not list(course.outputs.rglob("small_cnn-seed0.state")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert "the same command goes on" in err and len(err.strip().splitlines()) == 1
     assert list(course.outputs.rglob("small_cnn-seed0.state"))
