@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .core import CourseError
 
-# %% ../nbs/lib/augment.ipynb #9512a528
+# %% ../nbs/lib/augment.ipynb #f81cee08
 def derive_seed(
     *parts: int,  # such as a seed, an epoch and the number of a batch
 ) -> int:         # 63 bits
@@ -28,6 +28,7 @@ def derive_seed(
 class Noise(torch.Generator):
     "Random numbers for one process's rows of a batch: each process draws the whole batch's and keeps its own."
     rows: tuple[int, int] | None = None  # length of the whole batch, and where this process's rows begin
+    sides: Tensor | None = None          # bool (images,): whose turn it is to be mirrored, for flips that alternate
 
 
 def part_noise(

@@ -67,7 +67,7 @@ def from_disk(
 def _read_rows(pixels, labels, rows):
     return pixels[rows], labels[rows]
 
-# %% ../nbs/lib/batches.ipynb #61102b25
+# %% ../nbs/lib/batches.ipynb #445bb96e
 class Batches:
     "Batches of a split on a device: float images in [0, 1], stored channels last, and labels."
 
@@ -87,17 +87,23 @@ class Batches:
         self.epoch = 0       # set it before iterating: order and augmentation depend on seed and epoch only
         self.shard = (0, 1)  # which process this is, of how many; each takes its part of every batch
         self.workers = 0     # processes that read a memory-mapped split
+        self.coins = torch.rand(len(split), generator=torch.Generator().manual_seed(seed)) < 0.5
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.split), self.batch_size)
         return full if self.shuffle and full else full + (rest > 0)
+
+    def sides(self, rows: Tensor) -> Tensor:  # int64 (count,), images of the split -> bool (count,), on the device
+        "Which images an alternating flip mirrors: by chance in epoch 0, the others in epoch 1, and so on."
+        return (self.coins[rows] ^ bool(self.epoch % 2)).to(self.device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = epoch_order(len(self.split), self.shuffle, derive_seed(self.seed, self.epoch))
         plan = shares(order[: len(self) * self.batch_size], self.batch_size, self.shard)
         read = partial(from_disk, workers=self.workers) if self.split.memory_mapped else from_memory
         parts = read(self.split, self.device, [rows for rows, _, _ in plan])
-        for number, ((_, whole, first), (pixels, labels)) in enumerate(zip(plan, parts)):
+        for number, ((rows, whole, first), (pixels, labels)) in enumerate(zip(plan, parts)):
             noise = part_noise(self.device, derive_seed(self.seed, self.epoch, number), whole, first)
+            noise.sides = self.sides(rows)
             images = self.augment(channels_first(pixels), noise) if self.augment else channels_first(pixels)
             yield to_float(images).contiguous(memory_format=torch.channels_last), labels

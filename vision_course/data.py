@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'VALID_SHARE', 'AUGMENTATIONS', 'Dataset', 'channel_statistics', 'thumbnails', 'nearest', 'near_duplicates',
-           'shapes_dataset', 'finish', 'load', 'random_flip', 'windows', 'random_window', 'random_crop', 'cutout',
-           'mixup', 'cutmix', 'compose', 'augmentation']
+           'shapes_dataset', 'finish', 'load', 'mirror', 'random_flip', 'alternating_flip', 'windows', 'random_crop',
+           'cutout', 'mixup', 'cutmix', 'compose', 'augmentation']
 
 # %% ../nbs/01_data.ipynb #a4d6482c
 import hashlib
@@ -179,19 +179,35 @@ def load(
     notes = {**source.notes, "exact_duplicates": duplicates, "removed_from_train": removed}
     return finish(str(name), source.classes, arrange(source, sides, root, memory_limit()), notes, seed)
 
-# %% ../nbs/01_data.ipynb #ee590b64
+# %% ../nbs/01_data.ipynb #20bcb626
+def mirror(
+    images: Tensor,  # (images, channels, height, width), bytes or floats
+    which: Tensor,   # bool (images,)
+) -> Tensor:         # the same shape and type
+    "Swap left and right in some of the images."
+    pixels, rows = pixels_last(images), which.nonzero()[:, 0]
+    out = pixels.clone()
+    out[rows] = pixels.index_select(0, rows).flip(2)
+    return channels_first(out)
+
+
 def random_flip(
     images: Tensor,              # (images, channels, height, width), bytes or floats
     generator: torch.Generator,  # on the images' device
 ) -> Tensor:                     # the same shape and type
     "Mirror each image, left to right, with probability one half."
-    pixels = pixels_last(images)
-    rows = (uniform(generator, len(images)) < 0.5).nonzero()[:, 0]
-    out = pixels.clone()
-    out[rows] = pixels.index_select(0, rows).flip(2)
-    return channels_first(out)
+    return mirror(images, uniform(generator, len(images)) < 0.5)
 
-# %% ../nbs/01_data.ipynb #7549664c
+
+def alternating_flip(
+    images: Tensor,              # (images, channels, height, width), bytes or floats
+    generator: torch.Generator,  # of `Batches`, which knows whose turn it is; any other: flips at random
+) -> Tensor:                     # the same shape and type
+    "Mirror each image in every second epoch (Jordan, 2024)."
+    sides = getattr(generator, "sides", None)
+    return random_flip(images, generator) if sides is None else mirror(images, sides)
+
+# %% ../nbs/01_data.ipynb #eadad56f
 def windows(
     pixels: Tensor,  # (images, height, width, channels), contiguous
     size: int,       # height and width of a window, pixels
@@ -201,28 +217,18 @@ def windows(
     return pixels.flatten(2).unfold(1, size, 1).unfold(2, size * channels, channels)
 
 
-def random_window(
-    images: Tensor,              # (images, channels, height, width), bytes or floats; square
-    generator: torch.Generator,  # on the images' device
-    size: int | None = None,     # height and width of the window, pixels; None: seven eighths of the image
-) -> Tensor:                     # (images, channels, size, size), of the same type
-    "Cut a random square window out of each image."
-    count, width = len(images), images.shape[-1]
-    size = width * 7 // 8 if size is None else size
-    top, left = places(generator, count, width - size + 1), places(generator, count, width - size + 1)
-    picked = windows(pixels_last(images), size)[torch.arange(count, device=images.device), top, left]
-    return channels_first(picked.unflatten(2, (size, -1)))  # picked: (images, size, size · channels)
-
-
 def random_crop(
     images: Tensor,              # (images, channels, height, width), bytes or floats; square
     generator: torch.Generator,  # on the images' device
     padding: int | None = None,  # pixels of reflection on each side; None: an eighth of the width
 ) -> Tensor:                     # the same shape and type
     "Shift each image by up to `padding` pixels in each direction."
-    size = images.shape[-1]
+    count, size = len(images), images.shape[-1]
     padding = size // 8 if padding is None else padding
-    return random_window(channels_first(reflect(pixels_last(images), padding)), generator, size)
+    top, left = places(generator, count, 2 * padding + 1), places(generator, count, 2 * padding + 1)
+    padded = reflect(pixels_last(images), padding)
+    picked = windows(padded, size)[torch.arange(count, device=images.device), top, left]  # (images, size, size · channels)
+    return channels_first(picked.unflatten(2, (size, -1)))
 
 # %% ../nbs/01_data.ipynb #124103fa
 def cutout(
@@ -267,10 +273,10 @@ def cutmix(
     share = 1 - box.float().mean((1, 2, 3))[:, None]         # what is left of the image itself
     return torch.where(box, images[partner], images), torch.lerp(targets[partner], targets, share)
 
-# %% ../nbs/01_data.ipynb #6b93de25
+# %% ../nbs/01_data.ipynb #3a40f469
 AUGMENTATIONS = {
-    "flip": random_flip, "crop": random_crop, "window": random_window, "cutout": cutout, "erasing": random_erasing,
-    "rotate10": partial(rotate, degrees=10), "rotate15": partial(rotate, degrees=15), "quarter_turns": quarter_turns,
+    "flip": random_flip, "alternate": alternating_flip, "crop": random_crop,
+    "cutout": cutout, "erasing": random_erasing, "rotate10": partial(rotate, degrees=10), "rotate15": partial(rotate, degrees=15), "quarter_turns": quarter_turns,
     "zoom": zoom, "jitter": colour_jitter, "randaugment": rand_augment,
 }
 
