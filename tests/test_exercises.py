@@ -1,5 +1,7 @@
 """Unsolved stubs and plausible wrong answers must not pass, and the text says what is wrong."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -118,36 +120,107 @@ def first_best(shares, scores):
     return shares[scores.index(max(scores))]
 
 
-def frozen_norm_with(scale):
-    def answer(x, weight, bias, mean, variance, eps):
-        mean, weight, bias = (v[:, None, None] for v in (mean, weight, bias))
-        return (x - mean) / scale(variance, eps)[:, None, None] * weight + bias
-
-    return answer
+def path_gradients(gradient, image, baseline, steps):
+    return torch.stack([gradient(baseline + (i + 0.5) / steps * (image - baseline)) for i in range(steps)])
 
 
-def frozen_norm_of_the_batch(x, weight, bias, mean, variance, eps):
-    return F.batch_norm(x, None, None, weight, bias, True, 0, eps)
+def deletion(order_of, cumulative=True, first=0, last=None):
+    def curve(score, image, attribution, steps=4):
+        order, scores, left = order_of(attribution.flatten()), [score(image)], image.clone().flatten(1)
+        for step in range(1, steps + 1):
+            left = left if cumulative else image.clone().flatten(1)
+            left[:, order[(step - 1) * len(order) // steps : step * len(order) // steps]] = 0
+            scores.append(score(left.view_as(image)))
+        return scores[first:last]
+    return curve
 
 
-def frozen_norm_along_columns(x, weight, bias, mean, variance, eps):
-    return (x - mean) / (variance + eps).sqrt() * weight + bias
+def deletion_in_place(score, image, attribution, steps=4):
+    order, flat, scores = attribution.flatten().argsort(descending=True), image.flatten(1), [score(image)]
+    for step in range(1, steps + 1):
+        flat[:, order[: step * len(order) // steps]] = 0
+        scores.append(score(image))
+    return scores
 
 
-def prototypes_with(prepare, finish):
-    def answer(features, labels, queries, classes):
-        means = torch.stack([prepare(features)[labels == k].mean(0) for k in range(classes)])
-        return (queries @ finish(means).T).argmax(1)
-
-    return answer
+def falling(attribution):
+    return attribution.argsort(descending=True)
 
 
-def prototypes_nearest_image(features, labels, queries, classes):
-    return labels[(queries @ F.normalize(features).T).argmax(1)]
+def mean_weights(gradient):
+    return gradient.mean((2, 3), keepdim=True)
 
 
-def unchanged(x):
-    return x
+def gaps_of(confidence, correct, bins, least):
+    which = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
+    rows = [(which == k) for k in range(bins) if (which == k).sum() >= max(least, 1)]
+    return [((confidence[r].mean() - correct[r].mean()).item(), r.float().mean().item()) for r in rows]
+
+
+def maximum_of_signed_gaps(confidence, correct, bins=15, least=10):
+    return max((gap for gap, _ in gaps_of(confidence, correct, bins, least)), default=0.0)
+
+
+def mean_of_gaps(confidence, correct, bins=15, least=10):
+    return sum(abs(gap) * share for gap, share in gaps_of(confidence, correct, bins, 1))
+
+
+def maximum_of_weighted_gaps(confidence, correct, bins=15, least=10):
+    return max((abs(gap) * share for gap, share in gaps_of(confidence, correct, bins, least)), default=0.0)
+
+
+def maximum_over_all_bins(confidence, correct, bins=15, least=10):
+    return max(abs(gap) for gap, _ in gaps_of(confidence, correct, bins, 1))
+
+
+def maximum_or_nan(confidence, correct, bins=15, least=10):
+    return max((abs(gap) for gap, _ in gaps_of(confidence, correct, bins, least)), default=float("nan"))
+
+
+def risks_sorted(confidence, correct):
+    wrong = 1 - correct[confidence.argsort(descending=True)]
+    return wrong.cumsum(0) / torch.arange(1, len(wrong) + 1)
+
+
+def coverage_until_first_rise(confidence, correct, risk=0.02):
+    return (risks_sorted(confidence, correct) <= risk).float().cumprod(0).mean().item()
+
+
+def count_at_risk(confidence, correct, risk=0.02):
+    return float((risks_sorted(confidence, correct) <= risk).nonzero().max() + 1)
+
+
+def confidence_at_risk(confidence, correct, risk=0.02):
+    place = (risks_sorted(confidence, correct) <= risk).nonzero().max()
+    return confidence.sort(descending=True).values[place].item()
+
+
+def coverage_unsorted(confidence, correct, risk=0.02):
+    risks = (1 - correct).cumsum(0) / torch.arange(1, len(correct) + 1)
+    safe = (risks <= risk).nonzero()
+    return (safe.max().item() + 1) / len(correct) if len(safe) else 0.0
+
+
+def class_scores(probabilities, labels):
+    return [(1 - probabilities[labels == k, k]).sort().values for k in range(probabilities.shape[1])]
+
+
+def thresholds_without_the_new_image(probabilities, labels, miscoverage=0.1):
+    return torch.stack([s[math.ceil((1 - miscoverage) * len(s)) - 1] for s in class_scores(probabilities, labels)])
+
+
+def thresholds_by_quantile(probabilities, labels, miscoverage=0.1):
+    return torch.stack([s.quantile(1 - miscoverage) for s in class_scores(probabilities, labels)])
+
+
+def thresholds_cut_at_the_last(probabilities, labels, miscoverage=0.1):
+    rank = lambda s: min(math.ceil((len(s) + 1) * (1 - miscoverage) - 1e-6), len(s))
+    return torch.stack([s[rank(s) - 1] for s in class_scores(probabilities, labels)])
+
+
+def one_threshold_for_all(probabilities, labels, miscoverage=0.1):
+    scores = (1 - probabilities.gather(1, labels[:, None])[:, 0]).sort().values
+    return scores[math.ceil((len(scores) + 1) * (1 - miscoverage)) - 1].repeat(probabilities.shape[1])
 
 
 WRONG = [  # number, words that the text must hold, the answer
@@ -183,21 +256,36 @@ WRONG = [  # number, words that the text must hold, the answer
     ("3.3", "second network", lambda *given: 1 - blend_with(softmax, first_best)(*given)),
     ("3.3", "best accuracy", blend_with(softmax, lambda shares, scores: max(scores))),
     ("3.3", "equally good", blend_with(softmax, lambda shares, scores: max(zip(scores, shares))[1])),
-    ("4.1", "statistics of the batch", frozen_norm_of_the_batch),
-    ("4.1", "square root", frozen_norm_with(lambda variance, eps: variance + eps)),
-    ("4.1", "eps is missing", frozen_norm_with(lambda variance, eps: variance.sqrt())),
-    ("4.1", "under the root", frozen_norm_with(lambda variance, eps: variance.sqrt() + eps)),
-    ("4.1", "along the columns", frozen_norm_along_columns),
-    ("4.2", "two things", lambda weight, bias, mean, std: weight / std),
-    ("4.2", "multiplied by std", lambda weight, bias, mean, std: (weight * std, bias)),
-    ("4.2", "weights are as before", lambda weight, bias, mean, std: (weight, bias - weight @ mean)),
-    ("4.2", "bias is as before", lambda weight, bias, mean, std: (weight / std, bias)),
-    ("4.2", "sign", lambda weight, bias, mean, std: (weight / std, bias + weight @ (mean / std))),
-    ("4.2", "forgets std", lambda weight, bias, mean, std: (weight / std, bias - weight @ mean)),
-    ("4.3", "their own lengths", prototypes_with(unchanged, F.normalize)),
-    ("4.3", "long prototype", prototypes_with(F.normalize, unchanged)),
-    ("4.3", "nearest image", prototypes_nearest_image),
-    ("4.3", "points away", lambda features, labels, queries, classes: prototypes_with(F.normalize, F.normalize)(features, labels, -queries, classes)),
+    ("5.1", "Multiply it by the way", lambda g, x, b, n: path_gradients(g, x, b, n).mean(0)),
+    ("5.1", "multiplied by the image", lambda g, x, b, n: path_gradients(g, x, b, n).mean(0) * x),
+    ("5.1", "Begin at the baseline", lambda g, x, b, n: path_gradients(g, x, 0 * b, n).mean(0) * x),
+    ("5.1", "at the image only", lambda g, x, b, n: g(x) * (x - b)),
+    ("5.1", "Take their mean", lambda g, x, b, n: path_gradients(g, x, b, n).sum(0) * (x - b)),
+    ("5.2", "ReLU", lambda a, g: (mean_weights(g) * a).sum(1)),
+    ("5.2", "over places first", lambda a, g: (g * a).sum(1).relu()),
+    ("5.2", "over the images too", lambda a, g: (g.mean((0, 2, 3), keepdim=True) * a).sum(1).relu()),
+    ("5.2", "negative weights", lambda a, g: (mean_weights(g).relu() * a).sum(1).relu()),
+    ("5.2", "before the sum", lambda a, g: (mean_weights(g) * a).relu().sum(1)),
+    ("5.2", "channels are averaged", lambda a, g: (mean_weights(g) * a).mean(1).relu()),
+    ("5.2", "summed over places", lambda a, g: (g.sum((2, 3), keepdim=True) * a).sum(1).relu()),
+    ("5.3", "falling order", deletion(lambda x: x.argsort())),
+    ("5.3", "stays deleted", deletion(falling, cumulative=False)),
+    ("5.3", "missing at the start", deletion(falling, first=1)),
+    ("5.3", "missing at the end", deletion(falling, last=-1)),
+    ("5.3", "Work on a copy", deletion_in_place),
+    ("6.1", "absolute", maximum_of_signed_gaps),
+    ("6.1", "average", mean_of_gaps),
+    ("6.1", "weighted", maximum_of_weighted_gaps),
+    ("6.1", "least", maximum_over_all_bins),
+    ("6.1", "NaN", maximum_or_nan),
+    ("6.2", "fall back", coverage_until_first_rise),
+    ("6.2", "number of images", count_at_risk),
+    ("6.2", "share of images", confidence_at_risk),
+    ("6.2", "Sort by confidence", coverage_unsorted),
+    ("6.3", "new image counts", thresholds_without_the_new_image),
+    ("6.3", "interpolates", thresholds_by_quantile),
+    ("6.3", "two images", thresholds_cut_at_the_last),
+    ("6.3", "share one threshold", one_threshold_for_all),
 ]
 
 

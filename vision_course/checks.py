@@ -6,7 +6,8 @@
 __all__ = ['CHECKS', 'Unsolved', 'Wrong', 'expect', 'is_like', 'checks', 'check', 'check_statistics', 'check_vertical_flip',
            'check_cutmix_share', 'convolved', 'check_convolution', 'check_smoothed_loss', 'check_macro_f1',
            'check_projection', 'expect_none_of', 'check_stochastic_depth', 'two_networks', 'hits_by_share',
-           'check_blend']
+           'check_blend', 'check_integrated_gradients', 'check_grad_cam', 'check_deletion', 'check_maximum_error',
+           'check_coverage_at_risk', 'check_class_thresholds']
 
 # %% ../nbs/lib/checks.ipynb #af82d3c0
 import math
@@ -316,3 +317,133 @@ def check_blend(
     came = answer(first, second, labels)
     expect_none_of(came, {"two shares are equally good, and the smaller is asked for.": 0.2})
     expect(came, 0.1, "Count the right answers at 0, 0.1, … 1.")
+
+# %% ../nbs/lib/checks.ipynb #b1f5dc5c
+@checks("5.1")
+def check_integrated_gradients(
+    answer,  # the learner's function
+) -> None:
+    "5.1: `my_integrated_gradients(gradient, image, baseline, steps)`."
+    image, baseline = torch.linspace(0.5, 2.0, 12).view(3, 2, 2), torch.full((3, 2, 2), 0.25)
+    way, gradient = image - baseline, lambda x: 3 * x**2  # of the score (x**3).sum()
+    came, mean = answer(gradient, image, baseline, 200), (image**3 - baseline**3) / way
+    near = lambda mistake: torch.is_tensor(came) and came.shape == mistake.shape and torch.allclose(came, mistake, rtol=0.02)
+    for mistake, words in (
+        (mean, "that is the average gradient. Multiply it by the way, image − baseline."),
+        (mean * image, "the average is multiplied by the image. Multiply by the way from the baseline to it."),
+        (image**3, "the way begins at 0. Begin at the baseline."),
+        (3 * image**2 * way, "the gradient is taken at the image only. Average it over the way."),
+        (mean * way * 200, "the gradients are summed. Take their mean."),
+    ):
+        if near(mistake):
+            raise Wrong(words)
+    expect(came, mean * way, "Average the gradient at points between baseline and image.", tolerance=0.02)
+
+# %% ../nbs/lib/checks.ipynb #2918843a
+@checks("5.2")
+def check_grad_cam(
+    answer,  # the learner's function
+) -> None:
+    "5.2: `my_grad_cam(output, gradient)`."
+    output = torch.arange(2 * 3 * 2 * 4.0).view(2, 3, 2, 4).sin() + 0.5
+    gradient = (torch.arange(2 * 3 * 2 * 4.0).view(2, 3, 2, 4) * 1.7).cos() + torch.tensor([0.3, -0.4, 0.2]).view(3, 1, 1)
+    came, weights = answer(output, gradient), gradient.mean((2, 3), keepdim=True)
+    right = (weights * output).sum(1).relu()
+    expect_none_of(came, {
+        "values below 0 are left. They speak for other classes: ReLU.": (weights * output).sum(1),
+        "every place has a weight of its own. Average the gradient over places first.": (gradient * output).sum(1).relu(),
+        "the weights are averaged over the images too.": (gradient.mean((0, 2, 3), keepdim=True) * output).sum(1).relu(),
+        "negative weights are dropped. Only the sum goes through the ReLU.": (weights.relu() * output).sum(1).relu(),
+        "the ReLU comes before the sum over channels. Sum first.": (weights * output).relu().sum(1),
+        "the channels are averaged. Sum them.": (weights * output).mean(1).relu(),
+        "the gradients are summed over places. Take their mean.": (gradient.sum((2, 3), keepdim=True) * output).sum(1).relu(),
+    })
+    expect(came, right, "weights = mean gradient of each channel; map = ReLU of the weighted sum over channels.")
+
+# %% ../nbs/lib/checks.ipynb #ca8ce8de
+@checks("5.3")
+def check_deletion(
+    answer,  # the learner's function
+) -> None:
+    "5.3: `my_deletion_curve(score, image, attribution, steps)`."
+    image, attribution = torch.arange(1.0, 25).view(3, 2, 4).sqrt(), torch.tensor([[3.0, 7, 1, 5], [8, 2, 6, 4]])
+    kept, score = image.clone(), lambda x: x.square().sum().item()
+    came = answer(score, image, attribution, 4)
+    if not torch.equal(image, kept):
+        raise Wrong("the image itself was changed. Work on a copy: image.clone().")
+    share = image.square().sum(0)  # (h, w) what each pixel adds to the score
+    curve = lambda order: torch.tensor([share.flatten()[order[2 * step :]].sum().item() for step in range(5)])
+    falling = attribution.flatten().argsort(descending=True)
+    alone = [share.flatten()[falling[2 * step : 2 * step + 2]].sum() for step in range(4)]
+    expect_none_of(came, {
+        "the least important pixels go first. Sort in falling order.": curve(falling.flip(0)),
+        "each step deletes its own pixels only. What was deleted stays deleted.": share.sum() - torch.stack([share[0, 0] * 0, *alone]),
+        "the score of the whole image is missing at the start.": curve(falling)[1:],
+        "the score of the black image is missing at the end.": curve(falling)[:-1],
+    })
+    expect(came, curve(falling), "After step s, the first s · h · w / steps pixels of the order are 0 in all channels.")
+
+# %% ../nbs/lib/checks.ipynb #86fde237
+@checks("6.1")
+def check_maximum_error(
+    answer,  # the learner's function
+) -> None:
+    "6.1: `my_maximum_error(confidence, correct, bins, least)`."
+    confidence = torch.cat([torch.full((n,), c) for n, c in ((20, 0.95), (30, 0.65), (12, 0.45), (3, 0.25))])
+    correct = torch.cat([torch.arange(n) < hits for n, hits in ((20, 17), (30, 12), (12, 9), (3, 0))]).float()
+    came = answer(confidence, correct, 10, 10)  # the gaps: 0.1, 0.25, -0.3, and 0.25 in a bin of three
+    expect_none_of(came, {
+        "the largest gap can be negative: a network that is not sure enough is off as well. Take absolute values.": 0.25,
+        "that is the average over the answers. Take the largest gap.": (20 * 0.1 + 30 * 0.25 + 12 * 0.3 + 3 * 0.25) / 65,
+        "the gap is weighted by the bin's share. The worst bin counts in full.": 30 * 0.25 / 65,
+        "that is the smallest gap, or the one of the last bin only. Look at all bins.": 0.1,
+    })
+    expect(came, 0.3, "The gap of a bin: mean confidence minus share of right answers, without its sign.")
+    few = torch.tensor([0.85] * 12 + [0.35] * 4), torch.tensor([1.0] * 12 + [1.0] * 4)
+    came = answer(*few, 10, 10)
+    expect_none_of(came, {"a bin with fewer answers than `least` counts too. Leave it out.": 0.65})
+    expect(came, 0.15, "Only bins with at least `least` answers count.")
+    empty = answer(*few, 10, 13)
+    if empty is not None and math.isnan(empty):
+        raise Wrong("without any bin that is large enough the answer is NaN. Return 0.")
+    expect(empty, 0.0, "No bin holds 13 answers, so the error is 0.")
+
+# %% ../nbs/lib/checks.ipynb #e34e6476
+@checks("6.2")
+def check_coverage_at_risk(
+    answer,  # the learner's function
+) -> None:
+    "6.2: `my_coverage_at_risk(confidence, correct, risk)`."
+    confidence = torch.tensor([0.30, 0.95, 0.60, 0.90, 0.80, 0.50, 0.85, 0.40])
+    correct = torch.tensor([0.0, 1, 1, 0, 1, 1, 1, 0])  # surest first: 1 0 1 1 1 1 0 0, risks 0 .5 .33 .25 .2 .17 .29 .38
+    came = answer(confidence, correct, 0.26)
+    expect_none_of(came, {
+        "you stop where the risk first rises above the limit. It can fall back: look at every coverage.": 1 / 8,
+        "that is the number of images. Return it as a share of all of them.": 6.0,
+        "that is the confidence down to which you answer. Return the share of images at or above it.": 0.5,
+        "the images are taken as they come, or the least sure first. Sort by confidence, descending.": 0.0,
+    })
+    expect(came, 6 / 8, "Sort by confidence, descending; the risk after k answers is their number of mistakes over k.")
+    expect(answer(confidence, correct, 0.4), 1.0, "At a risk of 0.4 all can be answered.")
+    expect(answer(confidence, 1 - correct, 0.1), 0.0, "The surest answer is wrong here, and no coverage is safe enough: 0.")
+
+# %% ../nbs/lib/checks.ipynb #80d62a78
+@checks("6.3")
+def check_class_thresholds(
+    answer,  # the learner's function
+) -> None:
+    "6.3: `my_class_thresholds(probabilities, labels, miscoverage)`."
+    true = torch.cat([torch.arange(1, 11) / 11, torch.arange(1, 21) / 42 + 0.5, torch.tensor([0.9, 0.8])])
+    labels = torch.tensor([0] * 10 + [1] * 20 + [2] * 2)
+    probabilities = torch.stack([true, true, true], 1) * F.one_hot(labels, 3)
+    probabilities = probabilities + (1 - true[:, None]) * F.one_hot((labels + 1) % 3, 3)
+    scores = [(1 - true[labels == k]).sort().values for k in range(3)]
+    came, right = answer(probabilities, labels, 0.1), [scores[0][9].item(), scores[1][18].item(), 1.0]
+    rank = "Take the score of rank ceil((n + 1) · 0.9)."
+    expect_none_of(came, {
+        f"90 % of n images is too low: the new image counts too. {rank}": [s[math.ceil(0.9 * len(s)) - 1].item() for s in scores],
+        f"`quantile` interpolates, and doesn't count the new image. {rank}": [s.quantile(0.9).item() for s in scores],
+        "two images cannot promise 90 %: the rank is 3. Give such a class the threshold 1.": [*right[:2], scores[2][1].item()],
+        "all images share one threshold. Use each class's own images for its own.": [(1 - true).sort().values[29].item()] * 3,
+    })
+    expect(came, right, "Scores of a class: 1 − probability of the true class, sorted; rank ceil((n + 1) · (1 − miscoverage)).")

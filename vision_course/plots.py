@@ -25,8 +25,8 @@ from .core import CourseError
 
 # %% auto #0
 __all__ = ['WIDTH', 'DPI', 'INK', 'MUTED', 'FAINT', 'RIGHT', 'WRONG', 'PALETTE', 'BLUES', 'SIGNED', 'style', 'CourseFigure',
-           'styled', 'image_grid', 'heat_overlay', 'bars', 'curves', 'history', 'histogram', 'scatter', 'confusion',
-           'matrices', 'network_diagram']
+           'styled', 'image_grid', 'heat_overlay', 'bars', 'curves', 'history', 'histogram', 'scatter', 'reliability',
+           'confusion', 'matrices', 'network_diagram']
 
 # %% ../nbs/lib/plots.ipynb #4f96f600
 WIDTH, DPI = 6.0, 150                                 # inches and dots an inch: 900 pixels
@@ -401,6 +401,34 @@ def scatter(
         name.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
     ax.set(xticks=[], yticks=[])
     ax.spines["bottom"].set_visible(False)
+    return figure
+
+# %% ../nbs/lib/plots.ipynb #598b6ca8
+@styled
+def reliability(
+    tables: Mapping[str, object],  # one to three names -> edges (bins + 1,); confidence, accuracy and share (bins,) each
+) -> Figure:
+    "Accuracy against confidence in each bin, a panel for each name; pale bars hold few images."
+    if not 1 <= len(tables) <= 3:
+        raise CourseError(f"reliability: {len(tables)} tables, draw one to three")
+    figure = CourseFigure(figsize=(WIDTH, 3.3), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05, rect=(0, 0, 1, 0.97))
+    panels = figure.subplots(2, len(tables), sharex=True, sharey="row", squeeze=False, height_ratios=(4, 1))
+    for (upper, lower), (name, table) in zip(panels.T, tables.items()):
+        parts = (table.edges, table.confidence, table.accuracy, table.share)
+        edges, confidence, accuracy, share = (_as_array(x, "reliability") for x in parts)
+        colours = [(*to_rgb(PALETTE[0]), 0.25 + 0.75 * min(1, part * len(share))) for part in share]
+        upper.bar(edges[:-1], np.nan_to_num(accuracy), np.diff(edges), align="edge", color=colours, edgecolor="white", linewidth=0.8)
+        upper.hlines(confidence, edges[:-1], edges[1:], color=PALETTE[1], linewidth=1.8, zorder=3)
+        upper.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (3, 2)))
+        upper.set(xlim=(0, 1), ylim=(0, 1), title=name)
+        lower.bar(edges[:-1], share, np.diff(edges), align="edge", color=MUTED, edgecolor="white", linewidth=0.8)
+        lower.set_xlabel("confidence")
+        for axis in (upper.yaxis, lower.yaxis, lower.xaxis):
+            axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        upper.title.set_color(INK)
+    panels[0, 0].set_ylabel("accuracy; orange: confidence")
+    panels[1, 0].set_ylabel("share of\nimages")
     return figure
 
 # %% ../nbs/lib/plots.ipynb #be2d87e3

@@ -52,9 +52,9 @@ class ResidualBlock(PlainBlock):
     def forward(self, x: Tensor) -> Tensor:  # (batch, channels, h, w) -> the same shape
         return F.relu(x + self.branch(x))
 
-# %% ../nbs/03_resnet.ipynb #d181be00
+# %% ../nbs/03_resnet.ipynb #592e537f
 class ResNet(nn.Module):
-    "A stem, three stages that halve the image and add residual blocks, global maximum pooling and a linear head."
+    "A stem, three stages that halve the image and add residual blocks, global pooling and a linear head."
 
     def __init__(
         self,
@@ -73,12 +73,13 @@ class ResNet(nn.Module):
             stages.append(nn.Sequential(conv_block(channels, width), *(block(width) for _ in range(blocks))))
             channels = width
         self.stages = nn.Sequential(*stages)
+        self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(channels, classes)
 
-    def forward(self, x: Tensor) -> Tensor:         # (batch, 3, h, w) in [0, 1]
+    def forward(self, x: Tensor) -> Tensor:            # (batch, 3, h, w) in [0, 1]
         x = self.stages(self.stem(self.normalise(x)))  # (batch, channels, h / 8, w / 8)
-        x = x.amax((2, 3))                          # (batch, channels)
-        return self.head(x)                         # (batch, classes) logits
+        x = self.pool(x).flatten(1)                    # (batch, channels)
+        return self.head(x)                            # (batch, classes) logits
 
 # %% ../nbs/03_resnet.ipynb #8d9e750f
 @contextmanager
@@ -123,7 +124,7 @@ def whitening_filters(
     filters = (vectors / (values + 5e-4).sqrt()).T.flip(0).view(-1, 3, size, size)
     return torch.cat([filters, -filters])
 
-# %% ../nbs/03_resnet.ipynb #09ba1933
+# %% ../nbs/03_resnet.ipynb #49a580f5
 @torch.no_grad()
 def start_well(
     model: nn.Module,  # a `ResNet`, untrained
@@ -137,6 +138,7 @@ def start_well(
             nn.init.dirac_(module.weight[: module.in_channels])
         if isinstance(module, nn.BatchNorm2d):
             module.weight.fill_(1).requires_grad_(False)
+    model.pool = nn.AdaptiveMaxPool2d(1)
     model.head.weight.div_(9)
     model.head.bias.zero_()
     return model
@@ -164,7 +166,7 @@ def resnet_recipe(
         label_smoothing=0.2, weight_decay=0.24, augment="alternate+crop",
     )
 
-# %% ../nbs/03_resnet.ipynb #24b24147
+# %% ../nbs/03_resnet.ipynb #cadfe910
 def network_rows(
     model: nn.Module,  # takes images in [0, 1]
     image_size: int,   # height and width of the images, pixels
@@ -176,7 +178,7 @@ def network_rows(
         if isinstance(module, (ResidualBlock, ShortBlock)):
             begun.append(len(rows))
         elif isinstance(module, nn.Linear) and len(rows[-1][1]) == 3:
-            rows.append(["maximum over pixels", tuple(inputs[0].shape[1:]), 0, 0])
+            rows.append(["over all pixels", tuple(inputs[0].shape[1:]), 0, 0])
 
     def after(module, inputs, output):
         parameters = sum(p.numel() for p in module.parameters())
@@ -185,7 +187,7 @@ def network_rows(
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
             name = "linear" if isinstance(module, nn.Linear) else "{}×{} conv".format(*module.kernel_size)
             rows.append([name, tuple(output.shape[1:]), parameters, output[0].numel() * module.weight[0].numel()])
-        elif not list(module.children()):
+        elif not list(module.children()) and output.shape[-1] > 1:
             pooled = ", pool" if isinstance(module, nn.MaxPool2d) else ""
             rows[-1] = [rows[-1][0] + pooled, tuple(output.shape[1:]), rows[-1][2] + parameters, rows[-1][3]]
 

@@ -1,0 +1,105 @@
+"""Grad-CAM images a second: the course's against pytorch-grad-cam, captum, and the bare forward pass, which is the limit.
+
+    python benchmarks/attribution.py
+
+All explain the same batch by the same layer in float32, each image with a target of its own. A round takes every contender
+in turn; the first round warms up and is not counted, and the median of the others is printed, in words and as JSON. Before
+that the maps are compared. pytorch-grad-cam returns maps in [0, 1] at the size of the image, captum the layer's own size.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from captum.attr import LayerGradCam
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torchvision import models
+
+from vision_course.core import pick_device, provenance
+from vision_course.explain import grad_cam, target_layer
+from vision_course.resnet import ResNet
+
+GOALS = {"pytorch-grad-cam": 3.5, "captum": 1.2, "forward pass": 0.85}  # times as many images a second, from the issue
+
+
+def contenders(model, images, targets, layer):
+    """Call by name of contender."""
+    own, reference = copy.deepcopy(model), copy.deepcopy(model)
+    cam = GradCAM(model=reference, target_layers=[reference.get_submodule(layer)])
+    choices = [ClassifierOutputTarget(k) for k in targets.tolist()]
+    attribute = LayerGradCam(own, own.get_submodule(layer)).attribute
+
+    def forward():
+        with torch.no_grad():
+            return model(images)
+
+    return {
+        "forward pass": forward,
+        "vision_course": lambda: grad_cam(model, images, targets, layer),
+        "vision_course, layer found": lambda: grad_cam(model, images, targets),
+        "pytorch-grad-cam": lambda: cam(input_tensor=images, targets=choices),
+        "captum": lambda: attribute(images, target=targets, relu_attributions=True),
+    }
+
+
+def largest_difference(calls, size):
+    """Between our maps and captum's, relative to the largest value of each image."""
+    ours, theirs = calls["vision_course"](), calls["captum"]().detach()
+    theirs = F.interpolate(theirs, size, mode="bilinear")[:, 0]
+    return ((ours - theirs).abs().amax((1, 2)) / theirs.amax((1, 2)).clamp(min=1e-12)).max().item()
+
+
+def images_per_second(call, count, repeats, device):
+    """Call several times and wait for the device."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return count * repeats / (time.perf_counter() - start)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", default="course", help="course, or a network of torchvision such as resnet18 (default course)")
+    parser.add_argument("--size", type=int, default=32, help="height and width of the images, pixels (default 32)")
+    parser.add_argument("--batch", type=int, default=64, help="images in the batch (default 64)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds that count (default 9)")
+    parser.add_argument("--repeats", type=int, default=5, help="calls of each contender in a round (default 5)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    model = ResNet(10) if options.network == "course" else models.get_model(options.network, weights=None)
+    model = model.eval().to(device, memory_format=torch.channels_last)
+    images = torch.rand(options.batch, 3, options.size, options.size, device=device).contiguous(memory_format=torch.channels_last)
+    targets = torch.arange(options.batch, device=device) % 10
+    layer = target_layer(model, images)
+    calls = contenders(model, images, targets, layer)
+    difference = largest_difference(calls, images.shape[2:])
+    assert difference < (1e-4 if device.type == "cpu" else 1e-2), f"the maps differ by {difference:.1e}"
+    speeds = {name: [] for name in calls}
+    for number in range(options.rounds + 1):
+        for name, call in calls.items():
+            speeds[name].append(images_per_second(call, options.batch, options.repeats, device))
+            print(f"round {number}: {name}: {speeds[name][-1]:,.0f}", file=sys.stderr)
+    medians = {name: statistics.median(rows[1:]) for name, rows in speeds.items()}
+    ours = medians["vision_course"]
+    ratios = {name: round(ours / medians[name], 2) for name in GOALS}
+    for name, speed in medians.items():
+        goal = f"; ours is {ratios[name]} times as fast, the goal is {GOALS[name]}" if name in GOALS else ""
+        print(f"{name:28} {speed:>8,.0f} images a second{goal}")
+    report = {"images_per_second": {name: round(v) for name, v in medians.items()}, "times_as_fast": ratios, "difference": difference}
+    settings = {"network": options.network, "layer": layer, "size": options.size, "batch": options.batch}
+    print(json.dumps({**report, **settings, "provenance": provenance()}))
+
+
+if __name__ == "__main__":
+    main()
