@@ -273,10 +273,10 @@ def cutmix(
     share = 1 - box.float().mean((1, 2, 3))[:, None]         # what is left of the image itself
     return torch.where(box, images[partner], images), torch.lerp(targets[partner], targets, share)
 
-# %% ../nbs/01_data.ipynb #3a40f469
+# %% ../nbs/01_data.ipynb #9894308f
 AUGMENTATIONS = {
-    "flip": random_flip, "alternate": alternating_flip, "crop": random_crop,
-    "cutout": cutout, "erasing": random_erasing, "rotate10": partial(rotate, degrees=10), "rotate15": partial(rotate, degrees=15), "quarter_turns": quarter_turns,
+    "flip": random_flip, "alternate": alternating_flip, "crop": random_crop, "cutout": cutout, "erasing": random_erasing,
+    "rotate10": partial(rotate, degrees=10), "rotate15": partial(rotate, degrees=15), "quarter_turns": quarter_turns,
     "zoom": zoom, "jitter": colour_jitter, "randaugment": rand_augment,
 }
 
