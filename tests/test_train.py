@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from vision_course.data import Dataset, Split, shapes_dataset
-from vision_course.train import Recipe, fit, load_checkpoint, save_checkpoint, training_key
+from vision_course.train import Recipe, fit, load_checkpoint, load_or_train, save_checkpoint, training_key
 from vision_course.core import CourseError
 
 
@@ -189,4 +189,12 @@ def test_the_state_of_another_training_is_left_unread(tmp_path):
     state, recipe = tmp_path / "state", Recipe("linear", 1, 64, learning_rate=0.01)
     fit(linear(None), small_dataset(), recipe, seed=1, state_file=state)
     assert len(fit(linear(None), small_dataset(), recipe, seed=0, state_file=state)) == 1
-    assert torch.load(state, weights_only=True)["key"] == training_key(small_dataset(), recipe, 0)
+    assert torch.load(state, weights_only=True)["key"] == training_key(linear(None), small_dataset(), recipe, 0)
+
+
+def test_a_checkpoint_of_another_network_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("VISION_COURSE_OUTPUTS", str(tmp_path))
+    plain = lambda dataset: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 256, 2))
+    runs = [load_or_train(build, small_dataset(), Recipe("net", 1, 64)) for build in (linear, plain, plain)]
+    assert [len(run.model) for run in runs] == [4, 2, 2]
+    assert runs[0].info["key"] != runs[1].info["key"] == runs[2].info["key"]

@@ -166,7 +166,7 @@ def make_accelerator(
     precision = "bf16" if fast_bfloat16(device) else "no"
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, log_with=tracker, project_dir=logs)
 
-# %% ../nbs/lib/train.ipynb #c26760f7
+# %% ../nbs/lib/train.ipynb #f0e8768a
 class Trainer:
     "One training: knows where it stands after each epoch, and can go on from there."
 
@@ -186,7 +186,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.plain, recipe)
         self.scheduler = make_scheduler(self.optimizer, recipe, recipe.epochs * len(self.batches))
         self.rows, self.best, self.best_score = [], None, -1.0
-        self.key = training_key(dataset, recipe, seed)
+        self.key = training_key(self.plain, dataset, recipe, seed)
 
     def run(self):
         "Train to the end, from the last saved epoch if there is one."
@@ -327,7 +327,7 @@ def load_state(
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.scheduler.load_state_dict(state["scheduler"])
 
-# %% ../nbs/lib/train.ipynb #ae94f1c2
+# %% ../nbs/lib/train.ipynb #d9ee4a0a
 def fit(
     model: nn.Module,          # takes images in [0, 1], gives logits; ends with its best weights by validation accuracy
     dataset: Dataset,          # train and valid are used, test is not touched
@@ -342,12 +342,14 @@ def fit(
 
 
 def training_key(
+    model: nn.Module,  # its parts and the shapes of its weights count, not their values
     dataset: Dataset,  # what is trained on
     recipe: Recipe,    # how
     seed: int,         # with which random numbers
 ) -> str:              # 16 hexadecimal digits
     "The same for the same training, different for any other."
-    return sha256(repr((dataset.fingerprint, asdict(recipe), seed)).encode()).hexdigest()[:16]
+    shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
+    return sha256(repr((shapes, dataset.fingerprint, asdict(recipe), seed)).encode()).hexdigest()[:16]
 
 
 def _argmax(values):
@@ -398,7 +400,7 @@ def load_checkpoint(
         raise CourseError(f"{path}: holds another architecture than {type(model).__name__} ({what}).") from None
     return info
 
-# %% ../nbs/lib/train.ipynb #50769334
+# %% ../nbs/lib/train.ipynb #0b990163
 def load_or_train(
     build: Callable[[Dataset], nn.Module],  # makes the untrained network, such as `small_cnn`
     dataset: Dataset,                       # what to train on
@@ -413,7 +415,7 @@ def load_or_train(
         torch.manual_seed(seed)
         model = build(dataset)
         beside = path.with_suffix(".json")
-        if path.exists() and beside.exists() and load_json(beside).get("key") == training_key(dataset, recipe, seed):
+        if path.exists() and beside.exists() and load_json(beside).get("key") == training_key(model, dataset, recipe, seed):
             info = load_checkpoint(path, model)
             model.to(pick_device(), memory_format=torch.channels_last)
         else:
@@ -424,7 +426,7 @@ def load_or_train(
     return Trained(model.eval(), pd.DataFrame(info["history"]), info)
 
 
-# %% ../nbs/lib/train.ipynb #86479bdb
+# %% ../nbs/lib/train.ipynb #59cf73cf
 def train_and_describe(
     model: nn.Module,   # untrained; ends with its best weights
     dataset: Dataset,   # what to train on
@@ -437,7 +439,7 @@ def train_and_describe(
     history = fit(model, dataset, recipe, seed, path.with_suffix(".state"), tracker)
     best = history.loc[history.valid_accuracy.idxmax()]
     return {
-        "key": training_key(dataset, recipe, seed), "recipe": asdict(recipe), "seed": seed,
+        "key": training_key(model, dataset, recipe, seed), "recipe": asdict(recipe), "seed": seed,
         "dataset": dataset.name, "data_seed": dataset.seed, "classes": dataset.classes, "file": path.name,
         "parameters": sum(p.numel() for p in model.parameters()), "valid_accuracy": best.valid_accuracy,
         "best_epoch": int(best.epoch), "seconds": history.seconds.sum(),
