@@ -128,14 +128,15 @@ def fit_temperature(
         low, high = (middle, high) if slope > 0 else (low, middle)
     return math.exp(-middle)
 
-# %% ../nbs/06_calibration.ipynb #8a766e0d
+# %% ../nbs/06_calibration.ipynb #d611b091
 def fit_vector_scaling(
     logits: Tensor,  # (images, classes), of images that were not trained on
     labels: Tensor,  # (images,) class indices
 ) -> tuple[Tensor, Tensor]:  # factor and shift of each class, (classes,): logits · factor + shift
     "A factor and a shift for each class, by negative log-likelihood (Guo et al., 2017)."
     check_scores(logits, labels)
-    scaled = logits.double() / fit_temperature(logits, labels)
+    temperature = fit_temperature(logits, labels)
+    scaled = logits.double() / temperature
     change = torch.zeros(2, logits.shape[1], dtype=torch.float64, device=logits.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([change], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -148,7 +149,7 @@ def fit_vector_scaling(
     with torch.enable_grad():
         optimizer.step(loss)
     factor, shift = change.detach()
-    return ((1 + factor) / fit_temperature(logits, labels)).to(logits.dtype), shift.to(logits.dtype)
+    return ((1 + factor) / temperature).to(logits.dtype), shift.to(logits.dtype)
 
 # %% ../nbs/06_calibration.ipynb #fe5bf3fc
 def risk_coverage(

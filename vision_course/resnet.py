@@ -166,7 +166,7 @@ def resnet_recipe(
         label_smoothing=0.2, weight_decay=0.24, augment="alternate+crop",
     )
 
-# %% ../nbs/03_resnet.ipynb #cadfe910
+# %% ../nbs/03_resnet.ipynb #20de6783
 def network_rows(
     model: nn.Module,  # takes images in [0, 1]
     image_size: int,   # height and width of the images, pixels
@@ -187,7 +187,7 @@ def network_rows(
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
             name = "linear" if isinstance(module, nn.Linear) else "{}×{} conv".format(*module.kernel_size)
             rows.append([name, tuple(output.shape[1:]), parameters, output[0].numel() * module.weight[0].numel()])
-        elif not list(module.children()) and output.shape[-1] > 1:
+        elif not list(module.children()) and not isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
             pooled = ", pool" if isinstance(module, nn.MaxPool2d) else ""
             rows[-1] = [rows[-1][0] + pooled, tuple(output.shape[1:]), rows[-1][2] + parameters, rows[-1][3]]
 
