@@ -120,6 +120,38 @@ def first_best(shares, scores):
     return shares[scores.index(max(scores))]
 
 
+def frozen_norm_with(scale):
+    def answer(x, weight, bias, mean, variance, eps):
+        mean, weight, bias = (v[:, None, None] for v in (mean, weight, bias))
+        return (x - mean) / scale(variance, eps)[:, None, None] * weight + bias
+
+    return answer
+
+
+def frozen_norm_of_the_batch(x, weight, bias, mean, variance, eps):
+    return F.batch_norm(x, None, None, weight, bias, True, 0, eps)
+
+
+def frozen_norm_along_columns(x, weight, bias, mean, variance, eps):
+    return (x - mean) / (variance + eps).sqrt() * weight + bias
+
+
+def prototypes_with(prepare, finish):
+    def answer(features, labels, queries, classes):
+        means = torch.stack([prepare(features)[labels == k].mean(0) for k in range(classes)])
+        return (queries @ finish(means).T).argmax(1)
+
+    return answer
+
+
+def prototypes_nearest_image(features, labels, queries, classes):
+    return labels[(queries @ F.normalize(features).T).argmax(1)]
+
+
+def unchanged(x):
+    return x
+
+
 def path_gradients(gradient, image, baseline, steps):
     return torch.stack([gradient(baseline + (i + 0.5) / steps * (image - baseline)) for i in range(steps)])
 
@@ -256,6 +288,21 @@ WRONG = [  # number, words that the text must hold, the answer
     ("3.3", "second network", lambda *given: 1 - blend_with(softmax, first_best)(*given)),
     ("3.3", "best accuracy", blend_with(softmax, lambda shares, scores: max(scores))),
     ("3.3", "equally good", blend_with(softmax, lambda shares, scores: max(zip(scores, shares))[1])),
+    ("4.1", "statistics of the batch", frozen_norm_of_the_batch),
+    ("4.1", "square root", frozen_norm_with(lambda variance, eps: variance + eps)),
+    ("4.1", "eps is missing", frozen_norm_with(lambda variance, eps: variance.sqrt())),
+    ("4.1", "under the root", frozen_norm_with(lambda variance, eps: variance.sqrt() + eps)),
+    ("4.1", "along the columns", frozen_norm_along_columns),
+    ("4.2", "two things", lambda weight, bias, mean, std: weight / std),
+    ("4.2", "multiplied by std", lambda weight, bias, mean, std: (weight * std, bias)),
+    ("4.2", "weights are as before", lambda weight, bias, mean, std: (weight, bias - weight @ mean)),
+    ("4.2", "bias is as before", lambda weight, bias, mean, std: (weight / std, bias)),
+    ("4.2", "sign", lambda weight, bias, mean, std: (weight / std, bias + weight @ (mean / std))),
+    ("4.2", "forgets std", lambda weight, bias, mean, std: (weight / std, bias - weight @ mean)),
+    ("4.3", "their own lengths", prototypes_with(unchanged, F.normalize)),
+    ("4.3", "long prototype", prototypes_with(F.normalize, unchanged)),
+    ("4.3", "nearest image", prototypes_nearest_image),
+    ("4.3", "points away", lambda features, labels, queries, classes: prototypes_with(F.normalize, F.normalize)(features, labels, -queries, classes)),
     ("5.1", "Multiply it by the way", lambda g, x, b, n: path_gradients(g, x, b, n).mean(0)),
     ("5.1", "multiplied by the image", lambda g, x, b, n: path_gradients(g, x, b, n).mean(0) * x),
     ("5.1", "Begin at the baseline", lambda g, x, b, n: path_gradients(g, x, 0 * b, n).mean(0) * x),

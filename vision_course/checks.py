@@ -6,8 +6,9 @@
 __all__ = ['CHECKS', 'Unsolved', 'Wrong', 'expect', 'is_like', 'checks', 'check', 'check_statistics', 'check_vertical_flip',
            'check_cutmix_share', 'convolved', 'check_convolution', 'check_smoothed_loss', 'check_macro_f1',
            'check_projection', 'expect_none_of', 'check_stochastic_depth', 'two_networks', 'hits_by_share',
-           'check_blend', 'check_integrated_gradients', 'check_grad_cam', 'check_deletion', 'check_maximum_error',
-           'check_coverage_at_risk', 'check_class_thresholds']
+           'check_blend', 'check_frozen_norm', 'check_folded_head', 'check_prototypes', 'check_integrated_gradients',
+           'check_grad_cam', 'check_deletion', 'check_maximum_error', 'check_coverage_at_risk',
+           'check_class_thresholds']
 
 # %% ../nbs/lib/checks.ipynb #af82d3c0
 import math
@@ -317,6 +318,75 @@ def check_blend(
     came = answer(first, second, labels)
     expect_none_of(came, {"two shares are equally good, and the smaller is asked for.": 0.2})
     expect(came, 0.1, "Count the right answers at 0, 0.1, … 1.")
+
+# %% ../nbs/lib/checks.ipynb #dfd9feaa
+@checks("4.1")
+def check_frozen_norm(
+    answer,  # the learner's function
+) -> None:
+    "4.1: `my_frozen_norm(x, weight, bias, mean, variance, eps)`."
+    draw = lambda *shape: torch.rand(shape, generator=torch.Generator().manual_seed(len(shape))) + 0.1
+    x, weight, bias, mean, variance, eps = draw(4, 3, 5, 3), torch.tensor([1.0, 2, -1]), torch.tensor([0.0, 1, 5]), draw(3), 2 * draw(3), 0.1
+    pixels = lambda v: v[:, None, None]
+    across = (x - mean) / (variance + eps).sqrt() * weight + bias
+    shifted, scale, shift = x - pixels(mean), pixels(weight), pixels(bias)
+    expect_none_of(came := answer(x, weight, bias, mean, variance, eps), {
+        "these are the statistics of the batch. A frozen layer uses the stored ones.": F.batch_norm(x, None, None, weight, bias, True, 0, eps),
+        "that divides by the variance. Its square root, the standard deviation, is meant.": shifted / pixels(variance + eps) * scale + shift,
+        "eps is missing. It is added to the variance.": shifted / pixels(variance.sqrt()) * scale + shift,
+        "eps is added to the standard deviation. It belongs to the variance, under the root.": shifted / pixels(variance.sqrt() + eps) * scale + shift,
+        "the statistics went along the columns. Give them the shape (channels, 1, 1).": across,
+    })
+    expect(came, F.batch_norm(x, mean, variance, weight, bias, False, 0, eps), "(x − mean) / √(variance + eps) · weight + bias, for each channel.")
+
+# %% ../nbs/lib/checks.ipynb #bef8c383
+@checks("4.2")
+def check_folded_head(
+    answer,  # the learner's function
+) -> None:
+    "4.2: `my_folded_head(weight, bias, mean, std)`."
+    weight, bias = torch.tensor([[1.0, 2, -3], [0, 4, 1]]), torch.tensor([0.5, -1.0])
+    mean, std = torch.tensor([1.0, 0.5, 2]), torch.tensor([2.0, 4, 0.5])
+    came = answer(weight.clone(), bias.clone(), mean, std)
+    if came is None or came is Ellipsis:
+        raise Unsolved
+    if not isinstance(came, (tuple, list)) or len(came) != 2:
+        raise Wrong("expected two things, the new weight and the new bias.")
+    new_weight, new_bias = came
+    moved = weight @ (mean / std)
+    expect_none_of(new_weight, {
+        "the weights are multiplied by std. The features were divided by it, and so are their weights.": weight * std,
+        "the weights are as before. Divide each column by the std of its feature.": weight,
+    })
+    expect(new_weight, weight / std, "Each column of the weight is divided by the std of its feature.")
+    expect_none_of(new_bias, {
+        "the bias is as before. Subtracting the mean moved every logit: put that into the bias.": bias,
+        "the sign of the bias's change is wrong: the mean was subtracted.": bias + moved,
+        "the bias forgets std: the mean, too, was divided by it.": bias - weight @ mean,
+    })
+    expect(new_bias, bias - moved, "What a feature vector of zeros gives: bias − weight · (mean / std).")
+
+# %% ../nbs/lib/checks.ipynb #f680f99b
+@checks("4.3")
+def check_prototypes(
+    answer,  # the learner's function
+) -> None:
+    "4.3: `my_prototypes(features, labels, queries, classes)`."
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0, 1, 2, 0, 0, 1, 0, 2, 0, 1, 2, 0])
+    spread, length = torch.tensor([0.3, 1.0, 2.0])[labels], torch.rand(12, generator=generator) * 5 + 0.2
+    x = (torch.eye(3, 5)[labels] + spread[:, None] * torch.randn(12, 5, generator=generator)) * length[:, None]
+    queries, unit = torch.randn(80, 5, generator=generator), F.normalize(x)
+    means = lambda values: torch.stack([values[labels == k].mean(0) for k in range(3)])
+    cosine = F.normalize(queries) @ F.normalize(means(unit)).T  # (queries, classes)
+    expect_none_of(came := answer(x.clone(), labels, queries.clone(), 3), {
+        "these are the similarities. Return the class with the highest.": cosine,
+        "the features have their own lengths in the mean. Bring each to length 1 first.": (queries @ F.normalize(means(x)).T).argmax(1),
+        "a long prototype attracts more than a short one. Bring the prototypes to length 1 too.": (queries @ means(unit).T).argmax(1),
+        "that is the class of the nearest image. Average the images of a class first.": labels[(queries @ unit.T).argmax(1)],
+        "that is the class that points away most. The largest cosine is asked for.": cosine.argmin(1),
+    })
+    expect(came, cosine.argmax(1), "Cosine between each query and the mean of each class's unit vectors.")
 
 # %% ../nbs/lib/checks.ipynb #b1f5dc5c
 @checks("5.1")

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CourseError', 'project_root', 'data_root', 'run_name', 'output_folder', 'write_atomic', 'save_json', 'load_json',
            'seed_everything', 'pick_device', 'fast_bfloat16', 'provenance', 'device_in_words', 'save_result',
-           'load_result', 'save_figure', 'progress', 'locked']
+           'load_result', 'save_figure', 'figure_saver', 'progress', 'locked']
 
-# %% ../nbs/lib/core.ipynb #37c62471
+# %% ../nbs/lib/core.ipynb #dfe89621
 import json
 import os
 import platform
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
@@ -218,7 +219,7 @@ def load_result(
     "Read the numbers that a chapter left."
     return load_json(output_folder(dataset) / "results" / f"{chapter}.json")["values"]
 
-# %% ../nbs/lib/core.ipynb #358b3b2a
+# %% ../nbs/lib/core.ipynb #b2c3558b
 def save_figure(
     fig,           # a matplotlib Figure
     dataset: str,  # the data set that the chapter ran on
@@ -232,6 +233,14 @@ def save_figure(
     fig.savefig(buffer, format="png", metadata={"Software": None, "Description": alt})
     write_atomic(output_folder(dataset) / "figures" / f"{name}.png", buffer.getvalue())
     return Image(buffer.getvalue(), alt=alt)
+
+
+def figure_saver(
+    dataset: str,  # the data set that the chapter runs on
+    chapter: str,  # such as "01_data"
+) -> Callable:     # f(figure, what, alt): saves it as "<chapter>-<what>" and shows it
+    "`save_figure` for the figures of one chapter."
+    return lambda figure, what, alt: save_figure(figure, dataset, f"{chapter}-{what}", alt)
 
 # %% ../nbs/lib/core.ipynb #b49481d0
 def progress(

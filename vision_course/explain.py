@@ -19,13 +19,13 @@ from .core import CourseError
 from .maps import module_named, prepared, target_scores
 from .train import evaluating
 
-# %% ../nbs/05_interpretability.ipynb #c8045792
+# %% ../nbs/05_interpretability.ipynb #59fd8b26
 @contextmanager
 def capture(
     model: nn.Module,       # any network
     layers: Sequence[str],  # names of modules inside it, such as "stages.2"
     hold: Callable[[Tensor], Tensor] = lambda output: output,  # makes of an output what is kept and passed on
-) -> Iterator[dict[str, Tensor]]:  # by name, in the order in which the layers finished; filled when the model runs
+) -> Iterator[dict[str, Tensor]]:  # by name, in the order in which layers finish; filled by running the model
     "Keep what layers put out; no hook stays behind, whatever happens inside the block."
     modules, kept, handles = dict(model.named_modules(remove_duplicate=False)), {}, []
 
@@ -67,7 +67,7 @@ def feature_maps(
         model(prepared(model, images))
     return kept
 
-# %% ../nbs/05_interpretability.ipynb #4b6d7281
+# %% ../nbs/05_interpretability.ipynb #170cd9dc
 def predicted(
     model: nn.Module,  # gives logits
     images: Tensor,    # float (images, channels, h, w)
@@ -80,7 +80,7 @@ def predicted(
 def input_gradients(
     model: nn.Module,       # gives logits; is not changed
     images: Tensor,         # float (images, channels, h, w)
-    targets: Tensor | int | None = None,  # (images,) class indices, or one for all; None: the predicted classes
+    targets: Tensor | int | None = None,  # (images,) indices, or one for all; None: the predicted classes
 ) -> Tensor:                # float32, the images' shape
     "How each image's target logit changes with each of its numbers."
     leaves = prepared(model, images).requires_grad_()
@@ -116,15 +116,15 @@ def smooth_grad(
         total = total + input_gradients(model, images + noise * shift, targets)
     return (total / samples).abs().amax(1)
 
-# %% ../nbs/05_interpretability.ipynb #66b588d6
+# %% ../nbs/05_interpretability.ipynb #1b1943cf
 def integrated_gradients(
     model: nn.Module,       # gives logits
     images: Tensor,         # float (images, channels, h, w)
     targets: Tensor | int | None = None,  # class indices; None: the predicted classes
-    baseline: Tensor | float = 0.0,       # where the path starts: an image, a batch of images, or one number for all
+    baseline: Tensor | float = 0.0,       # where the path starts: an image, a batch, or one number for all
     steps: int = 16,        # points on the path, at least 1
-) -> Tensor:                # the images' shape; an image's numbers sum to about logit(image) − logit(baseline)
-    "Gradients averaged along the straight path from a baseline, times its length (Sundararajan et al., 2017)."
+) -> Tensor:                # the images' shape; each image's sum is about logit(image) − logit(baseline)
+    "Gradients averaged on the straight path from a baseline, times its length (Sundararajan et al., 2017)."
     if steps < 1:
         raise CourseError(f"integrated_gradients: steps ({steps}) must be 1 or more.")
     targets = predicted(model, images) if targets is None else targets
@@ -142,7 +142,7 @@ def integrated_map(
     "Integrated gradients from black, their sizes summed over the channels of a pixel."
     return integrated_gradients(model, images, targets).abs().sum(1)
 
-# %% ../nbs/05_interpretability.ipynb #1a61ea1b
+# %% ../nbs/05_interpretability.ipynb #b60b20b9
 def begin_graph(
     output: Tensor,  # of a layer
 ) -> Tensor:         # the same numbers, as a place that gradients reach
@@ -163,12 +163,14 @@ def maps_and_gradients(
     for name in layers:
         if name not in kept or kept[name].ndim != 4:
             shape = tuple(kept[name].shape) if name in kept else "none"
-            raise CourseError(f"layer {name!r}: its output (shape {shape}) is no map of (images, channels, height, width).")
+            raise CourseError(
+                f"layer {name!r}: its output (shape {shape}) is no map of (images, channels, height, width)."
+            )
     outputs = [kept[name] for name in layers]
     gradients = torch.autograd.grad(scores, outputs, torch.ones_like(scores), materialize_grads=True)
     return [(output.detach().float(), gradient.float()) for output, gradient in zip(outputs, gradients)]
 
-# %% ../nbs/05_interpretability.ipynb #d1d48feb
+# %% ../nbs/05_interpretability.ipynb #8bd2b3cf
 def target_layer(
     model: nn.Module,  # with at least one convolution
     images: Tensor,    # float (images, channels, h, w); the first is sent through
@@ -177,16 +179,18 @@ def target_layer(
     names = [name for name, _ in model.named_modules() if name]
     convolutions = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     if not convolutions:
-        raise CourseError(f"{type(model).__name__}: has no convolutions, so there is no map for Grad-CAM to weigh.")
+        raise CourseError(f"{type(model).__name__}: has no convolutions, so no map for Grad-CAM to weigh.")
     with evaluating(model), torch.no_grad(), capture(model, names) as kept:
         model(prepared(model, images[:1]))
     first = next((i for i, name in enumerate(kept) if name in convolutions), 0)
     maps = [name for name in list(kept)[first:] if kept[name].ndim == 4 and kept[name][0, 0].numel() > 1]
     if not maps:
-        raise CourseError(f"{type(model).__name__}: every map is a single place. Name the layers, or give larger images.")
+        raise CourseError(
+            f"{type(model).__name__}: every map is a single place. Name the layers, or give larger images."
+        )
     return maps[-1]
 
-# %% ../nbs/05_interpretability.ipynb #278a94a6
+# %% ../nbs/05_interpretability.ipynb #4008126f
 def mean_gradient(
     output: Tensor,    # (images, channels, h', w') of a layer
     gradient: Tensor,  # the same shape
@@ -202,7 +206,7 @@ def grad_cam(
     layers: str | Sequence[str] | None = None,  # name or names of layers; None: `target_layer` finds one
     weigh: Callable[[Tensor, Tensor], Tensor] = mean_gradient,  # f(output, gradient) -> (images, channels)
 ) -> Tensor:                # (images, h, w), at least 0; with a list of names (layers, images, h, w)
-    "Where a layer's channels, weighted by their gradient, speak for the target class (Selvaraju et al., 2017)."
+    "Where a layer's channels, weighted by their gradient, speak for the class (Selvaraju et al., 2017)."
     single = layers is None or isinstance(layers, str)
     names = [layers or target_layer(model, images)] if single else layers
     maps = []

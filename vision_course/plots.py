@@ -379,14 +379,25 @@ def histogram(
                   borderaxespad=0.2, handlelength=1.2, columnspacing=1.4)
     return figure
 
-# %% ../nbs/lib/plots.ipynb #47291acb
+# %% ../nbs/lib/plots.ipynb #51af93de
+def _raise(places, widths, height):
+    "Move boxes (centres (n, 2), widths (n,), one height) up until none lies on another."
+    moved, order = places.copy(), np.argsort(places[:, 1], kind="stable")
+    for k, i in enumerate(order):
+        for j in sorted(order[:k], key=lambda j: moved[j, 1]):
+            near = abs(moved[i, 0] - moved[j, 0]) < (widths[i] + widths[j]) / 2
+            if near and abs(moved[i, 1] - moved[j, 1]) < height:
+                moved[i, 1] = moved[j, 1] + height
+    return moved
+
+
 @styled
 def scatter(
     points,                  # (n, 2) positions
     labels,                  # (n,) class indices
     classes: Sequence[str],  # names, one an index
 ) -> Figure:
-    "A cloud of points coloured by class, each class named at its median."
+    "A cloud of points coloured by class, each class named at its median, or above if a name is there already."
     points, labels = _as_array(points, "scatter"), _as_array(labels, "scatter").astype(int)
     if points.ndim != 2 or points.shape[1] != 2 or len(points) != len(labels):
         raise CourseError(f"scatter: points {points.shape} and labels {labels.shape} should be (n, 2) and (n,)")
@@ -394,10 +405,14 @@ def scatter(
         raise CourseError(f"scatter: labels go from {labels.min()} to {labels.max()}, but there are {len(classes)} classes")
     figure, ax = _blank(4.2)
     size = float(np.clip(6000 / len(points), 3, 18))
-    for k in np.unique(labels):
+    present = np.unique(labels)
+    inch = np.maximum(np.ptp(points, axis=0), 1e-12) / (5.3, 3.7)  # of the page, in units of the points
+    middles = np.array([np.median(points[labels == k], axis=0) for k in present])
+    places = _raise(middles / inch, np.array([0.075 * len(classes[k]) + 0.05 for k in present]), 0.14) * inch
+    for k, place in zip(present, places):
         own, colour = points[labels == k], PALETTE[k % len(PALETTE)]
         ax.scatter(*own.T, s=size, color=colour, alpha=0.55, linewidths=0, marker="os^D"[k // len(PALETTE) % 4])
-        name = ax.text(*np.median(own, axis=0), classes[k], ha="center", va="center", fontsize=8, color=_darker(colour), weight="bold")
+        name = ax.text(*place, classes[k], ha="center", va="center", fontsize=8, color=_darker(colour), weight="bold")
         name.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
     ax.set(xticks=[], yticks=[])
     ax.spines["bottom"].set_visible(False)

@@ -8,7 +8,7 @@ __all__ = ['MIXINGS', 'Recipe', 'small_cnn_recipe', 'seeds_for', 'predict', 'eva
            'training_key', 'Trained', 'save_checkpoint', 'load_checkpoint', 'load_or_train', 'train_and_describe',
            'RateSearch', 'find_learning_rate', 'losses_at', 'endless', 'smoothed', 'shifted_views', 'predict_augmented']
 
-# %% ../nbs/lib/train.ipynb #3e39d746
+# %% ../nbs/lib/train.ipynb #e1b05985
 import copy
 import math
 import os
@@ -36,9 +36,9 @@ from vision_course.core import (
     seed_everything, write_atomic,
 )
 from .data import Batches, Dataset, Split, augmentation, cutmix, derive_seed, mixup
-from .optim import OPTIMIZERS, SCHEDULES, make_optimizer, make_scheduler
+from .optim import OPTIMIZERS, SCHEDULES, Lookahead, make_optimizer, make_scheduler
 
-# %% ../nbs/lib/train.ipynb #a847d53e
+# %% ../nbs/lib/train.ipynb #c6e4a6e9
 MIXINGS = ("none", "mixup", "cutmix")
 
 
@@ -53,6 +53,7 @@ class Recipe:
     weight_decay: float = 5e-4     # on weights, not on biases or batch norm
     schedule: str = "onecycle"     # "onecycle", "cosine" (after a warm-up), "linear", "plateau" or "constant"
     label_smoothing: float = 0.0   # share of the target spread over all classes, in [0, 1)
+    lookahead: int = 0             # steps after which the weights return to their running average; 0: they don't
     mixing: str = "none"           # "none", "mixup" or "cutmix"
     augment: str = "flip+crop"     # augmentations of chapter 1, joined by +
     patience: int | None = None    # stop after so many epochs without a better validation score
@@ -67,6 +68,7 @@ class Recipe:
         demand("learning_rate", 0 < self.learning_rate < math.inf, "above 0")
         demand("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
         demand("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
+        demand("lookahead", isinstance(self.lookahead, int) and self.lookahead >= 0, "a whole number from 0")
         demand("patience", self.patience is None or self.patience >= 1, "None or a whole number from 1")
         demand("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         demand("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
@@ -166,7 +168,7 @@ def make_accelerator(
     precision = "bf16" if fast_bfloat16(device) else "no"
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, log_with=tracker, project_dir=logs)
 
-# %% ../nbs/lib/train.ipynb #f0e8768a
+# %% ../nbs/lib/train.ipynb #7679ab73
 class Trainer:
     "One training: knows where it stands after each epoch, and can go on from there."
 
@@ -184,7 +186,9 @@ class Trainer:
         self.batches = Batches(dataset.train, recipe.batch_size, augment, shuffle=True, seed=seed, device=self.device)
         self.batches.shard = (rank, world)
         self.optimizer = make_optimizer(self.plain, recipe)
-        self.scheduler = make_scheduler(self.optimizer, recipe, recipe.epochs * len(self.batches))
+        steps = recipe.epochs * len(self.batches)
+        self.scheduler = make_scheduler(self.optimizer, recipe, steps)
+        self.lookahead = Lookahead(self.plain, recipe.lookahead, steps)
         self.rows, self.best, self.best_score = [], None, -1.0
         self.key = training_key(self.plain, dataset, recipe, seed)
 
@@ -229,6 +233,7 @@ class Trainer:
             self.optimizer.zero_grad()
             self.accelerator.backward(loss)
             self.optimizer.step()
+            self.lookahead.step()
             if self.recipe.schedule != "plateau":
                 self.scheduler.step()
             losses[step], seen = loss.detach(), seen + len(labels)
@@ -296,7 +301,7 @@ def demand_finite(
             f" Lower the learning rate, which is {recipe.learning_rate:g}.{words}"
         )
 
-# %% ../nbs/lib/train.ipynb #9a7fa341
+# %% ../nbs/lib/train.ipynb #db0ad998
 def save_state(
     trainer: Trainer,  # after an epoch
 ) -> None:
@@ -306,7 +311,7 @@ def save_state(
         torch.save({
             "key": trainer.key, "rows": trainer.rows, "best": trainer.best, "best_score": trainer.best_score,
             "model": trainer.plain.state_dict(), "optimizer": trainer.optimizer.state_dict(),
-            "scheduler": trainer.scheduler.state_dict(),
+            "scheduler": trainer.scheduler.state_dict(), "lookahead": trainer.lookahead.state_dict(),
         }, buffer)
         write_atomic(trainer.state_file, buffer.getvalue())
 
@@ -326,6 +331,7 @@ def load_state(
         trainer.plain.load_state_dict(state["model"])
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.scheduler.load_state_dict(state["scheduler"])
+        trainer.lookahead.load_state_dict(state["lookahead"])
 
 # %% ../nbs/lib/train.ipynb #d9ee4a0a
 def fit(
