@@ -266,13 +266,14 @@ def _read_chapter(path):
     chapter.body = _to_html(_readable(notebook))
     return chapter
 
-# %% ../nbs/lib/report.ipynb #02da9218
+# %% ../nbs/lib/report.ipynb #d3827dfc
 def _to_html(notebook):
     "Turn cells into HTML with the course's template."
     loader = _tool("jinja2").FileSystemLoader(ASSETS)
     exporter = _tool("nbconvert").HTMLExporter(
         template_name="classic", template_file="report_cells.html.j2", extra_loaders=[loader],
         exclude_input_prompt=True, exclude_output_prompt=True, anchor_link_text="#",
+        preprocessors=["nbconvert.preprocessors.CoalesceStreamsPreprocessor"],  # what a cell prints is one text
     )
     return exporter.from_notebook_node(notebook)[0]
 
