@@ -292,7 +292,7 @@ def _points(line, name):
         raise CourseError(f"curves: {name} has {x.size} values of x but {y.shape[1]} of y")
     return x, y
 
-# %% ../nbs/lib/plots.ipynb #21a24f34
+# %% ../nbs/lib/plots.ipynb #f5fb33e7
 @styled
 def curves(
     series: Mapping[str, object],  # name -> y or (x, y); y is (steps,), or (runs, steps): mean and ±1 standard deviation
@@ -314,7 +314,11 @@ def curves(
             ax.fill_between(x, mean - y.std(0, ddof=1), mean + y.std(0, ddof=1), color=colour, alpha=0.16, linewidth=0)
     ax.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
     ax.margins(x=0.01)
-    if not log_x and all(np.all(x == np.round(x)) for x, _ in lines.values()):
+    places = sorted({float(value) for x, _ in lines.values() for value in x})
+    if log_x and len(places) <= 12:  # few points: name each of them
+        ax.set_xticks(places, [f"{value:g}" for value in places])
+        ax.minorticks_off()
+    elif not log_x and all(value == round(value) for value in places):
         ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     for name, x in (marks or {}).items():
         _mark(ax, name, x)
