@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from vision_course.data import Dataset, Split, shapes_dataset
-from vision_course.train import Recipe, fit, load_checkpoint, load_or_train, save_checkpoint, training_key
+from vision_course.train import Recipe, Trainer, fit, load_checkpoint, load_or_train, save_checkpoint, training_key
 from vision_course.core import CourseError
 
 
@@ -109,6 +109,30 @@ def test_a_loss_that_is_not_a_number_stops_the_training_and_keeps_the_state(tmp_
     with pytest.raises(CourseError, match=r"loss is nan at step 7 \(epoch 2\).*[Ll]earning rate.*after epoch 1 is kept"):
         fit(Poisoned(), small_dataset(), Recipe("poisoned", 3, 64, learning_rate=0.01), state_file=state)
     assert len(torch.load(state, weights_only=True)["rows"]) == 1
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "schedule": "linear", "lookahead": 3}], ids=["sgd", "muon"])
+def test_a_training_that_goes_on_ends_as_one_never_stopped(changes, tmp_path, monkeypatch):
+    recipe, state = Recipe("net", 4, 64, learning_rate=0.02, **changes), tmp_path / "state"
+
+    def trained(state_file):
+        torch.manual_seed(0)
+        model = linear(None)
+        fit(model, small_dataset(), recipe, state_file=state_file)
+        return model.state_dict()
+
+    def stopping(self, epoch, bar, whole=Trainer.train_epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return whole(self, epoch, bar)
+
+    expected = trained(None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_epoch", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            trained(state)
+    came = trained(state)
+    assert all(torch.equal(came[name], expected[name]) for name in expected)
 
 
 def test_early_stopping_keeps_the_best_weights():
