@@ -33,5 +33,5 @@ $(READY): settings.ini constraints.txt setup.py
 		{ echo "This needs Python 3.11, 3.12 or 3.13; name one: make PYTHON=python3.12 …"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,track]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,track,export,serve,tflite]"
 	touch $@

@@ -1,6 +1,7 @@
 """Unsolved stubs and plausible wrong answers must not pass, and the text says what is wrong."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -255,6 +256,42 @@ def one_threshold_for_all(probabilities, labels, miscoverage=0.1):
     return scores[math.ceil((len(scores) + 1) * (1 - miscoverage)) - 1].repeat(probabilities.shape[1])
 
 
+def keep_by(choose, size=4):
+    def answer(weight):
+        groups = weight.reshape(-1, size)
+        return (groups * choose(groups)).view_as(weight)
+
+    return answer
+
+
+def largest(groups, count=2):
+    return torch.zeros_like(groups).scatter(1, groups.topk(count).indices, 1.0)
+
+
+def pattern_in_place(weight):
+    groups = weight.view(-1, 4)
+    groups *= largest(groups.abs())
+    return weight
+
+
+def whole_numbers(x, zero_point, weight):
+    return (x.int() - zero_point) @ weight.int().T
+def scale_and_shift(scale=lambda m, s: 1 / (255 * s), shift=lambda m, s: -m / s):
+    return lambda mean, std: (scale(mean, std), shift(mean, std))
+
+
+def folded(factor=lambda g, v, e: g / (v + e).sqrt(), bias=lambda b, m, f: b - m * f, shape=(-1, 1, 1, 1)):
+    def answer(weight, gamma, beta, mean, variance, epsilon=1e-5):
+        f = factor(gamma, variance, epsilon)
+        return weight * f.view(shape), bias(beta, mean, f)
+
+    return answer
+
+
+def ratios(first, second):
+    return [a / b for a, b in zip(first, second)]
+
+
 WRONG = [  # number, words that the text must hold, the answer
     ("1.1", "average of the batches' means", lambda batches: [torch.stack([b.mean((0, 2, 3)) for b in batches]).mean(0)] * 2),
     ("1.1", "this is the variance", statistics_with_variance),
@@ -333,6 +370,49 @@ WRONG = [  # number, words that the text must hold, the answer
     ("6.3", "interpolates", thresholds_by_quantile),
     ("6.3", "two images", thresholds_cut_at_the_last),
     ("6.3", "share one threshold", one_threshold_for_all),
+    ("7.1", "that is the mask", lambda w: largest(w.reshape(-1, 4).abs()).view_as(w)),
+    ("7.1", "Compare magnitudes", keep_by(largest)),
+    ("7.1", "two smallest", keep_by(lambda groups: largest(-groups.abs()))),
+    ("7.1", "four neighbours at a time", keep_by(lambda rows: largest(rows.abs(), 4), size=8)),
+    ("7.1", "down the columns", lambda w: keep_by(lambda groups: largest(groups.abs()))(w.T.contiguous()).T),
+    ("7.1", "Keep two", keep_by(lambda groups: largest(groups.abs(), 1))),
+    ("7.1", "Work on a copy", pattern_in_place),
+    ("7.2", "zero point is missing", lambda x, s, z, w, scales: whole_numbers(x, 0, w) * s * scales),
+    ("7.2", "belongs to each input", lambda x, s, z, w, scales: (whole_numbers(x, 0, w) - z) * s * scales),
+    ("7.2", "wrap around", lambda x, s, z, w, scales: whole_numbers(x - z, 0, w) * s * scales),
+    ("7.2", "overflow", lambda x, s, z, w, scales: whole_numbers(x, z, w).to(torch.int8) * s * scales),
+    ("7.2", "scales of the weights", lambda x, s, z, w, scales: whole_numbers(x, z, w) * s),
+    ("7.2", "scale of the inputs", lambda x, s, z, w, scales: whole_numbers(x, z, w) * scales),
+    ("7.2", "still whole numbers", lambda x, s, z, w, scales: whole_numbers(x, z, w)),
+    ("7.3", "outvotes the others", lambda logits, t: (logits / t).mean(0).softmax(1)),
+    ("7.3", "temperature is missing", lambda logits, t: logits.softmax(2).mean(0)),
+    ("7.3", "Divide by it", lambda logits, t: (logits * t).softmax(2).mean(0)),
+    ("7.3", "not the logits", lambda logits, t: logits.softmax(2).mean(0) / t),
+    ("7.3", "Take their mean", lambda logits, t: (logits / t).softmax(2).sum(0)),
+    ("7.3", "over the images", lambda logits, t: (logits / t).softmax(1).mean(0)),
+    ("7.3", "over the teachers", lambda logits, t: (logits / t).softmax(0).mean(0)),
+    ("7.3", "first teacher", lambda logits, t: (logits / t).softmax(2)[0]),
+    ("8.1", "two tensors", lambda mean, std: 1 / (255 * std)),
+    ("8.1", "lacks the 255", scale_and_shift(scale=lambda m, s: 1 / s)),
+    ("8.1", "divide by", scale_and_shift(scale=lambda m, s: 255 * s)),
+    ("8.1", "turned around", scale_and_shift(scale=lambda m, s: 255 / s)),
+    ("8.1", "negative", scale_and_shift(shift=lambda m, s: m / s)),
+    ("8.1", "standard deviation as well", scale_and_shift(shift=lambda m, s: -m)),
+    ("8.1", "share of 1 already", scale_and_shift(shift=lambda m, s: -m / (255 * s))),
+    ("8.1", "added after the scale", scale_and_shift(shift=lambda m, s: -255 * m)),
+    ("8.2", "gamma is missing", folded(lambda g, v, e: 1 / (v + e).sqrt())),
+    ("8.2", "epsilon is missing", folded(lambda g, v, e: g / v.sqrt())),
+    ("8.2", "Take its root", folded(lambda g, v, e: g / (v + e))),
+    ("8.2", "input channels", folded(shape=(1, -1, 1, 1))),
+    ("8.2", "before the factor", folded(bias=lambda b, m, f: b - m)),
+    ("8.2", "mean's share", folded(bias=lambda b, m, f: b)),
+    ("8.2", "sign of the mean", folded(bias=lambda b, m, f: b + m * f)),
+    ("8.3", "mean of the ratios", lambda first, second: statistics.mean(ratios(first, second))),
+    ("8.3", "ratio of the sums", lambda first, second: sum(first) / sum(second)),
+    ("8.3", "ratio of the medians", lambda first, second: statistics.median(first) / statistics.median(second)),
+    ("8.3", "first / second", lambda first, second: statistics.median(ratios(second, first))),
+    ("8.3", "difference in seconds", lambda first, second: statistics.median(a - b for a, b in zip(first, second))),
+    ("8.3", "even number of rounds", lambda first, second: statistics.median_low(ratios(first, second))),
 ]
 
 

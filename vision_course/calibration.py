@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['binned_error', 'expected_calibration_error', 'Reliability', 'reliability_bins', 'equal_mass_bins', 'equal_mass_error',
            'classwise_error', 'debiased_error', 'fit_temperature', 'fit_vector_scaling', 'risk_coverage',
-           'conformal_threshold', 'prediction_sets', 'save_calibration', 'load_calibration']
+           'conformal_threshold', 'prediction_sets', 'save_calibration', 'load_calibration', 'load_or_calibrate']
 
 # %% ../nbs/06_calibration.ipynb #7e5b495a
 import math
@@ -206,3 +206,19 @@ def load_calibration(
             f"{path}: these weights have not been calibrated. Run chapter 6 with this data set and seed."
         )
     return values
+
+# %% ../nbs/06_calibration.ipynb #beff5f1b
+def load_or_calibrate(
+    checkpoint: Path,          # "<model>.safetensors", with its JSON beside it
+    logits: Tensor,            # (images, classes) of the validation split
+    labels: Tensor,            # (images,) class indices
+    seed: int = 0,             # which half is for the temperature, and which for the threshold
+    miscoverage: float = 0.1,  # how often a set may miss the true class, in (0, 1)
+) -> dict:                     # temperature, threshold, miscoverage, measured
+    "Read what was kept for these weights, or fit it on validation images as chapter 6 does."
+    if "calibration" not in load_json(Path(checkpoint).with_suffix(".json")):
+        fitting, holding = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).chunk(2)
+        temperature = fit_temperature(logits[fitting], labels[fitting])
+        threshold = conformal_threshold((logits[holding] / temperature).softmax(1), labels[holding], miscoverage)
+        save_calibration(checkpoint, temperature, threshold, miscoverage, {})
+    return load_calibration(checkpoint)

@@ -8,7 +8,8 @@ __all__ = ['CHECKS', 'Unsolved', 'Wrong', 'expect', 'is_like', 'checks', 'check'
            'check_projection', 'expect_none_of', 'check_stochastic_depth', 'two_networks', 'hits_by_share',
            'check_blend', 'check_frozen_norm', 'check_folded_head', 'check_prototypes', 'check_integrated_gradients',
            'check_grad_cam', 'check_deletion', 'check_maximum_error', 'check_coverage_at_risk',
-           'check_class_thresholds']
+           'check_class_thresholds', 'check_two_of_four', 'check_integer_linear', 'check_team_targets',
+           'check_scale_and_shift', 'check_folded', 'check_speed_up']
 
 # %% ../nbs/lib/checks.ipynb #af82d3c0
 import math
@@ -517,3 +518,146 @@ def check_class_thresholds(
         "all images share one threshold. Use each class's own images for its own.": [(1 - true).sort().values[29].item()] * 3,
     })
     expect(came, right, "Scores of a class: 1 − probability of the true class, sorted; rank ceil((n + 1) · (1 − miscoverage)).")
+
+# %% ../nbs/lib/checks.ipynb #4398d9fc
+@checks("7.1")
+def check_two_of_four(
+    answer,  # the learner's function
+) -> None:
+    "7.1: `my_two_of_four(weight)`."
+    weight = torch.tensor([[0.9, -0.8, 0.3, 0.7, 0.1, -0.2, 0.05, 0.15], [-0.4, 0.6, 0.5, -0.9, 1.1, -1.2, 0.25, 1.3],
+                           [0.35, -0.45, -0.55, 0.65, 0.75, 0.22, -0.33, 0.11], [-1.4, 0.12, 0.23, 0.34, -0.56, 0.67, -0.78, 0.89]])
+    kept, came = weight.clone(), answer(weight)
+    if not torch.equal(weight, kept):
+        raise Wrong("the matrix itself was changed. Work on a copy: weight.clone().")
+    groups = weight.view(-1, 4)
+    pattern = lambda values, largest=True, count=2: torch.zeros_like(values).scatter(
+        1, values.topk(count, largest=largest).indices, 1.0)
+    mask, in_row = pattern(groups.abs()).view_as(weight), pattern(weight.abs(), count=4)
+    expect_none_of(came, {
+        "that is the mask. Return the weights, with zeros where the mask is 0.": mask,
+        "a large negative weight goes before a small positive one. Compare magnitudes.": weight * pattern(groups).view_as(weight),
+        "the two smallest stay. Keep the two that are farthest from zero.": weight * pattern(groups.abs(), False).view_as(weight),
+        "half of each row stays, but not two of every four. Look at four neighbours at a time.": weight * in_row,
+        "the groups run down the columns. Take four neighbours in a row.": weight * pattern(weight.T.reshape(-1, 4).abs()).view(8, 4).T,
+        "one of four stays. Keep two.": weight * pattern(groups.abs(), count=1).view_as(weight),
+    })
+    expect(came, weight * mask, "Of each four consecutive weights in a row the two of largest magnitude stay, the others are 0.")
+
+# %% ../nbs/lib/checks.ipynb #f20fe288
+@checks("7.2")
+def check_integer_linear(
+    answer,  # the learner's function
+) -> None:
+    "7.2: `my_integer_linear(x, x_scale, x_zero_point, weight, weight_scale)`."
+    x = torch.tensor([[200, 3, 90, 255], [0, 17, 128, 64]], dtype=torch.uint8)
+    weight = torch.tensor([[100, -127, 5, 90], [-3, 60, 127, -80], [7, 7, -90, 1]], dtype=torch.int8)
+    scales, x_scale, zero = torch.tensor([0.01, 0.002, 0.05]), 0.02, 100
+    came, w = answer(x, x_scale, zero, weight, scales), weight.double().T
+    whole = (x.double() - zero) @ w  # (images, outputs)
+    wrapped = lambda values, least: (values - least) % 256 + least
+    expect_none_of(came, {
+        "the zero point is missing. Step 100 stands for 0: subtract it from the inputs.": x.double() @ w * x_scale * scales,
+        "the zero point is subtracted from the sum. It belongs to each input.": (x.double() @ w - zero) * x_scale * scales,
+        "steps below the zero point wrap around in uint8. Turn them into int32 first.": wrapped(x.double() - zero, 0) @ w * x_scale * scales,
+        "the sums overflow in 8 bits. Turn the steps into int32 first.": wrapped(whole, -128) * x_scale * scales,
+        "the scales of the weights are missing.": whole * x_scale,
+        "the scale of the inputs is missing.": whole * scales,
+        "these are still whole numbers. Scale them at the end.": whole,
+    })
+    expect(came, whole * x_scale * scales, "(x - zero point) times the weights in whole numbers, then the scales of x and of each output.")
+
+# %% ../nbs/lib/checks.ipynb #3aa1b7d0
+@checks("7.3")
+def check_team_targets(
+    answer,  # the learner's function
+) -> None:
+    "7.3: `my_team_targets(logits, temperature)`."
+    logits = (torch.arange(3 * 2 * 4.0).view(3, 2, 4) * 1.3).sin() * 4
+    came, soft = answer(logits, 2.5), (logits / 2.5).softmax(2)
+    expect_none_of(came, {
+        "the logits are averaged. A teacher with large logits then outvotes the others: take each softmax first.": (logits / 2.5).mean(0).softmax(1),
+        "the temperature is missing.": logits.softmax(2).mean(0),
+        "the logits are multiplied by the temperature. Divide by it.": (logits * 2.5).softmax(2).mean(0),
+        "the probabilities are divided by the temperature, not the logits.": logits.softmax(2).mean(0) / 2.5,
+        "the targets of the teachers are added up. Take their mean.": soft.sum(0),
+        "the softmax runs over the images. It belongs to the classes.": (logits / 2.5).softmax(1).mean(0),
+        "the softmax runs over the teachers. It belongs to the classes.": (logits / 2.5).softmax(0).mean(0),
+        "only the first teacher is heard.": soft[0],
+    })
+    expect(came, soft.mean(0), "Divide all logits by the temperature, take the softmax over the classes, then the mean over the teachers.")
+
+# %% ../nbs/lib/checks.ipynb #6c1034c3
+@checks("8.1")
+def check_scale_and_shift(
+    answer,  # the learner's function
+) -> None:
+    "8.1: `my_scale_and_shift(mean, std)`."
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.25, 0.2, 0.1])
+    came = answer(mean, std)
+    if came is None or came is Ellipsis:
+        raise Unsolved
+    if not isinstance(came, (tuple, list)) or len(came) != 2:
+        raise Wrong("return two tensors: scale and shift.")
+    scale, shift = came
+    expect_none_of(scale, {
+        "the scale lacks the 255: bytes come in.": 1 / std,
+        "the scale multiplies by what it should divide by.": 255 * std,
+        "`scale` is turned around. x / 255 / std is x times one over both.": 255 / std,
+    })
+    expect(scale, 1 / (255 * std), "What multiplies x in (x / 255 − mean) / std?")
+    expect_none_of(shift, {
+        "the mean is subtracted, so the shift is negative.": mean / std,
+        "the mean has to be divided by the standard deviation as well.": -mean,
+        "the shift is divided by 255. The mean is a share of 1 already.": -mean / (255 * std),
+        "the shift is for bytes that are not scaled yet. It is added after the scale.": -255 * mean,
+    })
+    expect(shift, -mean / std, "What is left of (x / 255 − mean) / std where x is 0?")
+
+# %% ../nbs/lib/checks.ipynb #7e9449f1
+@checks("8.2")
+def check_folded(
+    answer,  # the learner's function
+) -> None:
+    "8.2: `my_folded(weight, gamma, beta, mean, variance, epsilon)`."
+    draw = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    weight, gamma, beta, mean = draw(3, 3, 2, 2), draw(3) + 2, draw(3, 1)[:, 0], draw(1, 3)[0]
+    variance, epsilon = draw(3, 2)[:, 0].square() + 0.1, 0.1
+    came = answer(weight, gamma, beta, mean, variance, epsilon)
+    if came is None or came is Ellipsis:
+        raise Unsolved
+    if not isinstance(came, (tuple, list)) or len(came) != 2:
+        raise Wrong("return two tensors: weight and bias.")
+    factor = gamma / (variance + epsilon).sqrt()
+    along = lambda x: weight * x[:, None, None, None]
+    expect_none_of(came[0], {
+        "gamma is missing.": along(1 / (variance + epsilon).sqrt()),
+        "epsilon is missing. It is added to the variance.": along(gamma / variance.sqrt()),
+        "the variance is not the standard deviation. Take its root.": along(gamma / (variance + epsilon)),
+        "the factor runs along the input channels. Each output channel has its own.": weight * factor[None, :, None, None],
+    })
+    expect(came[0], along(factor), "Batch normalisation multiplies each output channel by gamma / sqrt(variance + epsilon).")
+    expect_none_of(came[1], {
+        "the mean is subtracted before the factor, so it is multiplied by it too.": beta - mean,
+        "beta is what is left where everything before is the mean. Subtract the mean's share.": beta,
+        "the sign of the mean is wrong: it is subtracted.": beta + mean * factor,
+    })
+    expect(came[1], beta - mean * factor, "Where the convolution gives 0, what does batch normalisation give?")
+
+# %% ../nbs/lib/checks.ipynb #ef632833
+@checks("8.3")
+def check_speed_up(
+    answer,  # the learner's function
+) -> None:
+    "8.3: `my_speed_up(first, second)`."
+    first, second = [4.0, 12.0, 4.4, 4.2, 40.0], [2.0, 4.0, 2.0, 3.0, 8.0]
+    came = answer(first, second)
+    expect_none_of(came, {
+        "that is the mean of the ratios. One odd round moves it: take the median.": sum(a / b for a, b in zip(first, second)) / 5,
+        "that is the ratio of the sums, and the slow rounds decide. Compare round by round.": sum(first) / sum(second),
+        "that is the ratio of the medians, which may come from different rounds. Compare round by round.": 4.4 / 3.0,
+        "that is how much longer the second takes. The speed-up is first / second.": 1 / 2.2,
+        "that is a difference in seconds. A speed-up is a ratio.": 2.4,
+    })
+    expect(came, 2.2, "Divide round by round, first by second, and take the median of the ratios.")
+    expect(answer(first[:4], second[:4]), 2.1, "With an even number of rounds the median is the mean of the two in the middle.")

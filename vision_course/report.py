@@ -6,7 +6,7 @@
 __all__ = ['ASSETS', 'ChapterFailed', 'Outcome', 'run_chapters', 'Chapter', 'render_report', 'make_report', 'publish',
            'published_table', 'readme_text']
 
-# %% ../nbs/lib/report.ipynb #5b05a6bd
+# %% ../nbs/lib/report.ipynb #85895d06
 import base64
 import os
 import re
@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
+from .card import write_card
 from .core import CourseError, load_json, output_folder, project_root, run_name, save_json, write_atomic
 from .data import load
 
@@ -300,7 +301,22 @@ def _read_results(folder, chapters):
 def _number(value):
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
 
-# %% ../nbs/lib/report.ipynb #5be17d22
+# %% ../nbs/lib/report.ipynb #a1ac69f6
+def _read_card(dataset, folder):
+    "The model card as a page, or None where nothing was exported."
+    if not (folder / "results" / "08_export.json").exists():
+        return None
+    path = write_card(dataset)
+
+    def inside(found):
+        return f"](data:image/png;base64,{base64.b64encode((path.parent / found[1]).read_bytes()).decode()})"
+
+    pictures = {str(p.relative_to(path.parent)) for p in (path.parent / "figures").glob("*.png")}
+    text = re.sub(r"\]\((figures/[^)]+\.png)\)", lambda found: inside(found) if found[1] in pictures else found[0], path.read_text())
+    notebook = _tool("nbformat").v4.new_notebook(cells=[_tool("nbformat").v4.new_markdown_cell(text)])
+    return Chapter("model_card", "Model card", "", "done", body=_to_html(notebook))
+
+# %% ../nbs/lib/report.ipynb #fe05d52f
 def render_report(
     dataset: str,  # the data set of a run
 ) -> Path:         # outputs/<dataset>/report/index.html
@@ -314,8 +330,10 @@ def render_report(
     pages = [chapter for chapter in chapters if chapter.body]
     if not pages:
         raise CourseError(f"{folder}: no chapter has run here yet. Run vision-course report --dataset {dataset} first.")
-    common = {"css": (ASSETS / "report.css").read_text("utf-8"), "dataset": Path(dataset).name, "chapters": chapters}
-    for previous, chapter, following in zip([None, *pages], pages, [*pages[1:], None]):
+    card = _read_card(dataset, folder)
+    common = {"css": (ASSETS / "report.css").read_text("utf-8"), "dataset": Path(dataset).name, "chapters": chapters, "card": card}
+    leaves = [*pages, *([card] if card else [])]
+    for previous, chapter, following in zip([None, *leaves], leaves, [*leaves[1:], None]):
         sections = re.findall(r'<h2 id="([^"]+)">(.*?)<a class="anchor-link"', chapter.body, re.DOTALL)
         page = _fill("report_page.html.j2", title=chapter.title, chapter=chapter, sections=sections,
                      previous=previous, next=following, **common)

@@ -168,7 +168,7 @@ def make_accelerator(
     precision = "bf16" if fast_bfloat16(device) else "no"
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, log_with=tracker, project_dir=logs)
 
-# %% ../nbs/lib/train.ipynb #7679ab73
+# %% ../nbs/lib/train.ipynb #459975a9
 class Trainer:
     "One training: knows where it stands after each epoch, and can go on from there."
 
@@ -230,6 +230,9 @@ class Trainer:
             with self.accelerator.autocast():
                 logits = self.model(images)  # (batch, classes)
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
+            if hasattr(self.plain, "training_loss"):
+                with self.accelerator.autocast():
+                    loss = self.plain.training_loss(images, logits, loss)
             self.optimizer.zero_grad()
             self.accelerator.backward(loss)
             self.optimizer.step()
