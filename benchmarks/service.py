@@ -29,7 +29,7 @@ from vision_course.core import provenance
 from vision_course.images import read_image
 from vision_course.predictor import Predictor
 
-GOAL = 3.0  # ms that the service may add at the median, from the issue
+GOAL = 3.0  # ms that the service may add at the median
 
 
 def picture(width=640, height=480):

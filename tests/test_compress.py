@@ -81,18 +81,18 @@ def test_multiplications_are_those_of_the_layers(block):
 def test_channels_go_and_the_rest_stays(block):
     network = build(block).train()
     before = copied(network)
-    narrow = prune_channels(network, EXAMPLE, 0.5)
+    narrow = prune_channels(network, EXAMPLE, 0.5, round_to=8)
     assert unchanged(network, before) and network.training and narrow.training
     assert all(p.grad is None for p in narrow.parameters())
     assert [p.requires_grad for p in narrow.parameters()] == [p.requires_grad for p in network.parameters()]
     assert [stage[0][0].out_channels for stage in narrow.stages] == [8, 16, 16]
     assert narrow.stem[0].out_channels == 24 and narrow.eval()(EXAMPLE).shape == (2, 5)
-    prune_channels(network, EXAMPLE, 0.5).load_state_dict(narrow.state_dict())  # a checkpoint of it can be read again
+    prune_channels(network, EXAMPLE, 0.5, round_to=8).load_state_dict(narrow.state_dict())  # a checkpoint of it can be read again
 
 
 def test_some_channels_always_stay():
-    narrow = prune_channels(build(widths=(16, 32, 64)), EXAMPLE, 0.99)
-    assert [stage[0][0].out_channels for stage in narrow.stages] == [8, 8, 8]
+    widths = lambda **more: [stage[0][0].out_channels for stage in prune_channels(build(widths=(16, 32, 64)), EXAMPLE, 0.99, **more).stages]
+    assert widths() == [16, 16, 16] and widths(round_to=8) == [8, 8, 8]
 
 
 def test_a_silent_channel_goes_first_and_nothing_changes():

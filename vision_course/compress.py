@@ -79,14 +79,14 @@ def stored_megabytes(
     sizes = {"plain": len(plain), "sparse": sparse, "deflated": len(zlib.compress(plain, 6))}
     return {way: size / 1e6 for way, size in sizes.items()}
 
-# %% ../nbs/07_compression.ipynb #d30ce82b
+# %% ../nbs/07_compression.ipynb #0d16ddec
 def prune_channels(
-    model: nn.Module,  # left as it is
-    images: Tensor,    # (images, 3, h, w) an example of its input
-    share: float,      # of each layer's channels that go, in [0, 1)
+    model: nn.Module,   # left as it is
+    images: Tensor,     # (images, 3, h, w) an example of its input
+    share: float,       # of each layer's channels that go, in [0, 1)
     ignored: tuple[str, ...] = ("stem", "head"),  # parts that keep all outputs, by name
-    round_to: int = 8, # channels are kept in multiples of this
-) -> nn.Module:        # a copy with fewer channels, not yet trained again
+    round_to: int = 16, # channels are kept in multiples of this
+) -> nn.Module:         # a copy with fewer channels, not yet trained again
     "Take the weakest channels out of a network (Fang et al., 2023)."
     if not 0 <= share < 1:
         raise CourseError(f"share {share}: must be from 0 to below 1, such as 0.5 for half of the channels.")
@@ -117,14 +117,14 @@ def multiplications(
         model(images.to(next(model.parameters()).device))
     return counter.get_total_flops() // 2 // len(images)  # a multiplication and an addition count as two
 
-# %% ../nbs/07_compression.ipynb #ccf7b623
+# %% ../nbs/07_compression.ipynb #9fdda915
 def prune_to(
-    model: nn.Module,  # left as it is
-    images: Tensor,    # (images, 3, h, w) an example of its input
-    part: float,       # of the multiplications that may remain, in (0, 1)
+    model: nn.Module,   # left as it is
+    images: Tensor,     # (images, 3, h, w) an example of its input
+    part: float,        # of the multiplications that may remain, in (0, 1)
     ignored: tuple[str, ...] = ("stem", "head"),  # parts that keep all outputs, by name
-    round_to: int = 8, # channels are kept in multiples of this
-) -> nn.Module:        # a copy with fewer channels, not yet trained again
+    round_to: int = 16, # channels are kept in multiples of this
+) -> nn.Module:         # a copy with fewer channels, not yet trained again
     "Take out as few channels as bring the multiplications down to a part of what they were."
     if not 0 < part < 1:
         raise CourseError(f"part {part}: must lie between 0 and 1, such as 0.5 for one half.")

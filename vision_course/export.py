@@ -9,23 +9,24 @@ __all__ = ['FORMAT_VERSION', 'KEY', 'OPENERS', 'LIMITS', 'FORMATS', 'Deployable'
            'open_tflite', 'open_exported', 'evaluate_exported', 'Parity', 'parity', 'demand_parity', 'write_format',
            'export_probabilities', 'Exported', 'export_model', 'temporary_folder']
 
-# %% ../nbs/08_export.ipynb #b4450313
+# %% ../nbs/08_export.ipynb #9304c1c0
 import json
 import os
 import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from io import BytesIO, StringIO
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from IPython.utils.capture import capture_output
 from torch import Tensor, nn
 
 from .core import CourseError, output_folder, write_atomic
@@ -121,7 +122,7 @@ def read_facts(
         raise CourseError(f"{path}: not a model that this course exported. Make one with vision-course export.")
     return facts
 
-# %% ../nbs/08_export.ipynb #193f7ea6
+# %% ../nbs/08_export.ipynb #76f832f9
 @contextmanager
 def silence():
     "Keep what exporters print out of a notebook, also what their compiled parts write past Python."
@@ -129,7 +130,7 @@ def silence():
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nothing, 2)
-        with quietly(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        with quietly(), capture_output():
             yield
     finally:
         os.dup2(kept, 2)
@@ -282,7 +283,7 @@ def open_onnx(
     facts = read_facts(path, session.get_modelmeta().custom_metadata_map.get(KEY))
     return Opened(facts, lambda images: run_session(session, images))
 
-# %% ../nbs/08_export.ipynb #b0951d10
+# %% ../nbs/08_export.ipynb #70c1f819
 def open_tflite(
     path: Path,    # a .tflite file
     threads: int,  # to compute with
@@ -294,9 +295,11 @@ def open_tflite(
             content = archive.read(KEY).decode()
         with silence():
             runner = interpreter(model_path=str(path), num_threads=threads).get_signature_runner()
+            (entry,), (output,) = runner.get_input_details().items(), runner.get_output_details()
+            name, blank = entry[0], np.zeros(entry[1]["shape"], entry[1]["dtype"])
+            runner(**{name: blank})  # the first call prepares what the others use, and says so
     except Exception as error:  # a damaged archive or graph raises whatever its reader stumbles over
         raise CourseError(f"{path}: LiteRT cannot load it ({type(error).__name__}). Export the network again.") from None
-    (name,), (output,) = runner.get_input_details(), runner.get_output_details()
 
     def run(images):  # the graph takes one image
         return np.concatenate([runner(**{name: image[None]})[output] for image in images])
