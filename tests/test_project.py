@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vision_course.report import readme_text
+from vision_course.published import MOST_BYTES, MOST_WEIGHTS, read_published, readme_text
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
@@ -19,6 +19,14 @@ def cells(path, kind):
 
 def test_readme_is_what_the_index_and_the_published_results_say():
     assert (ROOT / "README.md").read_text() == readme_text()
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "outputs" / "published").iterdir()), ids=lambda path: path.name)
+def test_published_runs_are_whole_small_and_of_committed_code(folder):
+    for chapter, stored in read_published(folder.name).items():
+        assert re.fullmatch("[0-9a-f]{12}", stored["provenance"]["commit"]), chapter
+    assert all(path.stat().st_size <= MOST_BYTES for path in folder.glob("*.png"))
+    assert all(path.stat().st_size <= MOST_WEIGHTS for path in (ROOT / "data" / "pretrained").glob("*.safetensors"))
 
 
 def test_readme_opens_with_sentence_picture_table_and_commands():

@@ -4,14 +4,17 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from vision_course.data import Dataset, Split, shapes_dataset
-from vision_course.train import Recipe, Trainer, fit, load_checkpoint, load_or_train, save_checkpoint, training_key
 from vision_course.core import CourseError
+from vision_course.train import (
+    Recipe, Trainer, fit, load_checkpoint, load_or_train, pretrained_path, save_checkpoint, training_key,
+)
 
 
 def checkpoint(outputs, name="small_cnn-seed0.safetensors"):
@@ -222,3 +225,29 @@ def test_a_checkpoint_of_another_network_is_made_anew(tmp_path, monkeypatch):
     runs = [load_or_train(build, small_dataset(), Recipe("net", 1, 64)) for build in (linear, plain, plain)]
     assert [len(run.model) for run in runs] == [4, 2, 2]
     assert runs[0].info["key"] != runs[1].info["key"] == runs[2].info["key"]
+
+
+def test_weights_that_come_with_the_project_stand_for_the_same_training_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("VISION_COURSE_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("VISION_COURSE_DATA", str(tmp_path / "data"))
+    recipe, data = Recipe("net", 1, 64, learning_rate=0.01), small_dataset()
+    trained = load_or_train(linear, data, recipe)
+    kept = checkpoint(tmp_path, "net-seed0.safetensors")
+    target = pretrained_path("noise", "net", 0)
+    target.parent.mkdir(parents=True)
+    halves = deepcopy(trained.model).half()  # as they are shipped
+    save_checkpoint(target, halves, {**trained.info, "marked": True})
+    for path in (kept, kept.with_suffix(".json")):
+        path.unlink()
+    found = load_or_train(linear, data, recipe)
+    assert found.info["marked"] and kept.exists() and {p.dtype for p in found.model.parameters()} == {torch.float32}
+    torch.testing.assert_close(found.model[0].weight, trained.model[0].weight, rtol=1e-3, atol=1e-3)
+    assert "marked" not in load_or_train(linear, data, Recipe("net", 2, 64, learning_rate=0.01)).info  # another recipe
+    kept.unlink()
+    monkeypatch.setenv("VISION_COURSE_PRETRAINED", "no")
+    assert "marked" not in load_or_train(linear, data, recipe).info
+    monkeypatch.delenv("VISION_COURSE_PRETRAINED")
+    kept.unlink()
+    target.write_bytes(target.read_bytes()[:-5])
+    with pytest.raises(CourseError, match="noise-net-seed0.safetensors: (truncated|does not match)"):
+        load_or_train(linear, data, recipe)

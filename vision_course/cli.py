@@ -56,7 +56,7 @@ DeviceOption = Annotated[Device, typer.Option(help="auto takes the GPU where the
 TrackerOption = Annotated[Optional[str], typer.Option(help="tensorboard, wandb, …: log to outputs/DATASET/checkpoints/logs.")]
 SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out image files that cannot be read, and count them.")]
 
-# %% ../nbs/lib/cli.ipynb #d793a788
+# %% ../nbs/lib/cli.ipynb #0385fbdd
 @app.command()
 def report(
     dataset: DatasetOption = "shapes",       # a data set's name, or a folder of class folders
@@ -64,16 +64,20 @@ def report(
     seed: SeedOption = 0,                    # 0 or more
     device: DeviceOption = Device.auto,      # what to compute on
     chapters: Annotated[Optional[list[str]], typer.Option("--chapter", help="Only this chapter, such as 02; may be given several times.")] = None,  # None: all
-    publish_results: Annotated[bool, typer.Option("--publish", help="Keep results and key figures in outputs/published/, and renew the README.")] = False,  # for those who maintain the course
+    publish_results: Annotated[bool, typer.Option("--publish", help="Keep results, key figures and weights with the code, and renew the README.")] = False,  # for those who maintain the course
 ):
     """Run every chapter and write the HTML report to outputs/DATASET/report/index.html.
 
     Example: vision-course report --dataset cifar10 --seed 1
     """
     os.environ["VISION_COURSE_DEVICE"] = device.value
-    from vision_course.core import project_root, write_atomic
-    from vision_course.report import make_report, publish, readme_text
+    from vision_course.core import current_commit, project_root, write_atomic
+    from vision_course.published import publish, readme_text, require_commit
+    from vision_course.report import make_report
 
+    if publish_results:  # what is published was trained by the code that it is published with
+        require_commit({"This report": {"provenance": {"commit": current_commit()}}})
+        os.environ["VISION_COURSE_PRETRAINED"] = "no"
     make_report(dataset, epochs, seed, chapters)
     if publish_results:
         typer.echo(f"Published: {publish(dataset)}")

@@ -154,14 +154,14 @@ def resnet(
     model = ResNet(len(dataset.classes), dataset.mean, dataset.std, widths, block=ShortBlock)
     return start_well(model, dataset.train.images[:5000])
 
-# %% ../nbs/03_resnet.ipynb #0736e0c0
+# %% ../nbs/03_resnet.ipynb #535a16b8
 def resnet_recipe(
     dataset: Dataset,          # gives the name and the number of training images
     epochs: int | None = None, # None: what suits the data set
 ) -> Recipe:
     "How the course trains the residual network."
     many = len(dataset.train) >= 20_000
-    known = {"shapes": 7, "cifar10": 12, "fashion_mnist": 8, "tiny_imagenet": 12}
+    known = {"shapes": 6, "cifar10": 12, "fashion_mnist": 8, "tiny_imagenet": 12}
     epochs = epochs or known.get(dataset.name) or min(60, max(8, 300_000 // len(dataset.train)))
     return Recipe(
         "resnet", epochs, batch_size=1000 if many else 200, optimizer="muon", learning_rate=0.24, schedule="linear",

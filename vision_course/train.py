@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['MIXINGS', 'Recipe', 'small_cnn_recipe', 'seeds_for', 'predict', 'evaluating', 'evaluate', 'mix_batch',
            'make_accelerator', 'Trainer', 'show_progress', 'demand_finite', 'save_state', 'load_state', 'fit',
-           'training_key', 'Trained', 'save_checkpoint', 'load_checkpoint', 'load_or_train', 'train_and_describe',
-           'RateSearch', 'find_learning_rate', 'losses_at', 'endless', 'smoothed', 'shifted_views', 'predict_augmented']
+           'training_key', 'Trained', 'save_checkpoint', 'load_checkpoint', 'pretrained_path', 'made_by',
+           'load_or_train', 'train_and_describe', 'RateSearch', 'find_learning_rate', 'losses_at', 'endless',
+           'smoothed', 'shifted_views', 'predict_augmented']
 
-# %% ../nbs/lib/train.ipynb #e1b05985
+# %% ../nbs/lib/train.ipynb #55d4faa0
 import copy
 import math
 import os
@@ -32,8 +33,8 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from vision_course.core import (
-    CourseError, fast_bfloat16, load_json, locked, output_folder, pick_device, progress, provenance, save_json,
-    seed_everything, write_atomic,
+    CourseError, data_root, fast_bfloat16, load_json, locked, output_folder, pick_device, progress, provenance, run_name,
+    save_json, seed_everything, write_atomic,
 )
 from .data import Batches, Dataset, Split, augmentation, cutmix, derive_seed, mixup
 from .optim import OPTIMIZERS, SCHEDULES, Lookahead, make_optimizer, make_scheduler
@@ -75,14 +76,14 @@ class Recipe:
         demand("mixing", self.mixing in MIXINGS, f"one of {', '.join(MIXINGS)}")
         augmentation(self.augment)
 
-# %% ../nbs/lib/train.ipynb #802221bd
+# %% ../nbs/lib/train.ipynb #d1b64fdb
 def small_cnn_recipe(
     dataset: Dataset,          # gives the name and the number of training images
     epochs: int | None = None, # None: what suits the data set
 ) -> Recipe:
     "How the course trains the small network."
-    known = {"shapes": 10, "cifar10": 30, "fashion_mnist": 12, "tiny_imagenet": 20}
-    epochs = epochs or known.get(dataset.name) or min(60, max(10, 300_000 // len(dataset.train)))
+    known = {"shapes": 8, "cifar10": 30, "fashion_mnist": 12, "tiny_imagenet": 20}
+    epochs = epochs or known.get(dataset.name) or min(60, max(8, 300_000 // len(dataset.train)))
     return Recipe("small_cnn", epochs)
 
 # %% ../nbs/lib/train.ipynb #f4d13efa
@@ -409,7 +410,27 @@ def load_checkpoint(
         raise CourseError(f"{path}: holds another architecture than {type(model).__name__} ({what}).") from None
     return info
 
-# %% ../nbs/lib/train.ipynb #0b990163
+# %% ../nbs/lib/train.ipynb #801b3b96
+def pretrained_path(
+    dataset: str,  # a data set's name
+    name: str,     # of the recipe
+    seed: int,     # of the training
+) -> Path:         # "<dataset>-<name>-seed<seed>.safetensors"; may not be there
+    "Where weights that come with the project are kept."
+    return data_root() / "pretrained" / f"{run_name(dataset)}-{name}-seed{seed}.safetensors"
+
+
+def made_by(
+    path: Path,  # "<name>.safetensors", with its JSON beside it
+    key: str,    # of `training_key`
+) -> bool:
+    "Whether a checkpoint is there, and the result of this very training."
+    if path.parent == pretrained_path("", "", 0).parent and os.environ.get("VISION_COURSE_PRETRAINED") == "no":
+        return False
+    beside = path.with_suffix(".json")
+    return path.exists() and beside.exists() and load_json(beside).get("key") == key
+
+# %% ../nbs/lib/train.ipynb #4dca8e4b
 def load_or_train(
     build: Callable[[Dataset], nn.Module],  # makes the untrained network, such as `small_cnn`
     dataset: Dataset,                       # what to train on
@@ -423,10 +444,13 @@ def load_or_train(
     with locked(path) if first else nullcontext(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         model = build(dataset)
-        beside = path.with_suffix(".json")
-        if path.exists() and beside.exists() and load_json(beside).get("key") == training_key(model, dataset, recipe, seed):
-            info = load_checkpoint(path, model)
+        key = training_key(model, dataset, recipe, seed)
+        found = next((file for file in (path, pretrained_path(dataset.name, recipe.name, seed)) if made_by(file, key)), None)
+        if found:
+            info = load_checkpoint(found, model)
             model.to(pick_device(), memory_format=torch.channels_last)
+            if found != path and first:
+                save_checkpoint(path, model, info)
         else:
             info = {"network": build.__name__, **train_and_describe(model, dataset, recipe, seed, path, tracker)}
             if first:
