@@ -18,7 +18,7 @@ from vision_course.files import CourseError
 from vision_course.images import FORMATS, ImageError, read_image
 
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed (extra serve)")
-from vision_course.predictor import Predictor, answer, describe, format_text, list_images, write_triton_repository  # noqa: E402
+from vision_course.predictor import Predictor, answer, describe_images, format_text, list_images, write_triton_repository  # noqa: E402
 
 MUTATIONS = int(os.environ.get("VISION_COURSE_MUTATIONS", 500))
 
@@ -70,8 +70,8 @@ def test_it_needs_three_packages_and_starts_within_a_second(tmp_path):
     code = """
 import sys, time
 start = time.perf_counter()
-from vision_course.predictor import Predictor, describe, format_text
-print(format_text(describe(Predictor("colours.onnx"), ["photo.png"])))
+from vision_course.predictor import Predictor, describe_images, format_text
+print(format_text(describe_images(Predictor("colours.onnx"), ["photo.png"])))
 print(*sorted({name.partition(".")[0] for name in sys.modules}))
 print(time.perf_counter() - start)
 """
@@ -126,7 +126,7 @@ def test_a_bad_file_is_one_clear_line(model, tmp_path, content, words):
         with pytest.raises(ImageError, match=words) as caught:
             read_image(source, 16)
         assert "\n" not in str(caught.value)
-    rows = describe(model, [tmp_path / "bad.png"])
+    rows = describe_images(model, [tmp_path / "bad.png"])
     assert re.search(words, rows[0]["error"]) and rows[0]["error"].startswith(f"{tmp_path / 'bad.png'}: ")
     assert psutil.Process().memory_info().rss - before < 60e6
 
@@ -163,8 +163,8 @@ def test_random_damage_ends_in_an_answer_or_in_one_line(model):
 def test_the_same_picture_gets_the_same_bytes_in_any_company(model, tmp_path):
     for seed in range(5):
         photo(seed=seed).save(tmp_path / f"{seed}.png")
-    alone = json.dumps(describe(model, [tmp_path / "3.png"])[0])
-    assert json.dumps(describe(model, list_images([tmp_path]))[3]) == alone == json.dumps(describe(model, [tmp_path / "3.png"])[0])
+    alone = json.dumps(describe_images(model, [tmp_path / "3.png"])[0])
+    assert json.dumps(describe_images(model, list_images([tmp_path]))[3]) == alone == json.dumps(describe_images(model, [tmp_path / "3.png"])[0])
 
 
 def test_sets_are_those_of_chapter_6(model):
@@ -185,7 +185,7 @@ def test_sets_are_those_of_chapter_6(model):
 def test_rows_and_text(model, tmp_path, monkeypatch):
     Image.new("RGB", (30, 20), (220, 30, 30)).save(tmp_path / "rose.png")
     (tmp_path / "torn.gif").write_bytes(b"GIF89a")
-    good, bad = describe(model, list_images([tmp_path]))
+    good, bad = describe_images(model, list_images([tmp_path]))
     assert list(good) == ["image", "class", "probability", "probabilities", "set", "coverage", "notes"]
     assert good["class"] == "red" and good["set"] == ["red"] and good["coverage"] == 0.9
     assert sum(good["probabilities"].values()) == pytest.approx(1, abs=1e-5)
@@ -196,8 +196,8 @@ def test_rows_and_text(model, tmp_path, monkeypatch):
     assert "90% set: empty (animated)" in format_text([{"image": "x", **answer(model, pixels), "notes": ["animated"]}])
     with open(tmp_path / "rose.png") as stream:
         monkeypatch.setattr(sys, "stdin", stream)
-        assert describe(model, ["-"])[0] == {**good, "image": "-"}
-        assert describe(model, ["-"])[0] == {"image": "-", "error": "standard input: is empty (0 bytes)."}  # it has been read
+        assert describe_images(model, ["-"])[0] == {**good, "image": "-"}
+        assert describe_images(model, ["-"])[0] == {"image": "-", "error": "standard input: is empty (0 bytes)."}  # it has been read
     (tmp_path / "empty").mkdir()
     with pytest.raises(CourseError, match="a folder without images"):
         list_images([tmp_path / "empty"])

@@ -25,7 +25,7 @@ pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed (extra 
 pytest.importorskip("fastapi", reason="FastAPI is not installed (extra serve)")
 import uvicorn  # noqa: E402
 
-from vision_course.predictor import Predictor, describe  # noqa: E402
+from vision_course.predictor import Predictor, describe_images  # noqa: E402
 from vision_course.serve import make_app, open_port  # noqa: E402
 
 MUTATIONS = int(os.environ.get("VISION_COURSE_MUTATIONS", 300))
@@ -99,7 +99,7 @@ RED, BLUE = (file_of(Image.new("RGB", (40, 30), colour)) for colour in ((220, 40
 def test_an_upload_gets_the_answer_of_the_command_line(port, tmp_path):
     (tmp_path / "red.png").write_bytes(RED)
     model = Predictor(colour_model(tmp_path / "colours.onnx"))
-    expected = describe(model, [tmp_path / "red.png"])[0]
+    expected = describe_images(model, [tmp_path / "red.png"])[0]
     headers, body = form(RED)
     status, found, reply = call(port, "POST", "/predict", body, headers)
     assert status == 200 and {"image": expected["image"], **json.loads(reply)} == expected

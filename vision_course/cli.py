@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'DatasetOption', 'EpochsOption', 'SeedOption', 'DeviceOption', 'TrackerOption', 'SkipBadOption', 'Device',
            'Network', 'Format', 'SplitName', 'report', 'train', 'network_and_recipe', 'trained_network', 'evaluate',
-           'exported_scores', 'export', 'calibrated_network', 'predict', 'explain', 'explained', 'data', 'serve',
+           'exported_scores', 'export', 'calibrated_network', 'predict', 'explain', 'explain_image', 'data', 'serve',
            'main']
 
 # %% ../nbs/lib/cli.ipynb #e51219c9
@@ -248,7 +248,7 @@ def predict(
 
     raise typer.Exit(answer(words.args))
 
-# %% ../nbs/lib/cli.ipynb #67a9733a
+# %% ../nbs/lib/cli.ipynb #890d8fbe
 @app.command()
 def explain(
     image: Annotated[Path, typer.Argument(help="An image file of any size and kind.")],  # any that Pillow reads
@@ -265,12 +265,12 @@ def explain(
     checkpoint = checkpoint or output_folder("shapes") / "checkpoints" / "resnet-seed0.safetensors"
     network, data, info = trained_network(checkpoint)
     pixels = read_image(image, data.image_size, notes := [])
-    name, share, picture = explained(network, pixels, data.classes, info.get("calibration", {}).get("temperature", 1.0))
+    name, share, picture = explain_image(network, pixels, data.classes, info.get("calibration", {}).get("temperature", 1.0))
     target = write_atomic(output or image.with_name(f"{image.stem}-explained.png"), picture)
     typer.echo(f"{image}: {name} {share:.1%}{''.join(f' ({note})' for note in notes)}; where it looked: {target}")
 
-# %% ../nbs/lib/cli.ipynb #41cf3b86
-def explained(
+# %% ../nbs/lib/cli.ipynb #8ce7603d
+def explain_image(
     network,             # gives logits
     pixels,              # uint8 (size, size, 3)
     classes: tuple,      # class names

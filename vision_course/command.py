@@ -41,7 +41,7 @@ def default_model() -> Path:  # outputs/shapes/exports/model.onnx, in the projec
     root = next((folder for folder in (here, *here.parents) if (folder / "settings.ini").exists()), here)
     return Path(os.environ.get("VISION_COURSE_OUTPUTS") or root / "outputs") / "shapes" / "exports" / "model.onnx"
 
-# %% ../nbs/lib/command.ipynb #9a0698de
+# %% ../nbs/lib/command.ipynb #bf55619d
 def parser() -> Words:
     "The words of `vision-course predict`."
     words = Words("vision-course predict", description="Say what is on images: class, calibrated probability, and the set of classes "
@@ -60,11 +60,11 @@ def predict(
     from vision_course.files import CourseError
 
     try:
-        from vision_course.predictor import Predictor, describe, format_text, list_images
+        from vision_course.predictor import Predictor, describe_images, format_text, list_images
 
         predictor, status = Predictor(asked.model or default_model()), 0
         for name in list_images(asked.image):
-            row = describe(predictor, [name])[0]
+            row = describe_images(predictor, [name])[0]
             if "error" in row:
                 status = complain(row["error"])
             if asked.json:

@@ -53,7 +53,7 @@ def decode(
     with Image.open(path) as file:
         return square_pixels(file, size)
 
-# %% ../nbs/lib/images.ipynb #777b52b0
+# %% ../nbs/lib/images.ipynb #abe864b9
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MOST_PIXELS = 50_000_000  # more than a telephone's camera makes
 
@@ -82,7 +82,7 @@ def read_image(
     except ImageError:
         raise
     except Exception as error:  # damaged files raise whatever their decoder stumbles over
-        raise ImageError(f"{where} {_reason(source, error, most_pixels)}") from None
+        raise ImageError(f"{where} {_why_unreadable(source, error, most_pixels)}") from None
 
 # %% ../nbs/lib/images.ipynb #a81fdb2f
 def _remarks(file):
@@ -95,8 +95,8 @@ def _remarks(file):
         pass
     return []
 
-# %% ../nbs/lib/images.ipynb #21e53250
-def _reason(source, error, most_pixels):
+# %% ../nbs/lib/images.ipynb #c9394c70
+def _why_unreadable(source, error, most_pixels):
     "Why an image cannot be read, in a few words."
     if isinstance(error, Image.DecompressionBombError):
         pixels = re.search(r"\d+", str(error))
