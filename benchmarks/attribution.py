@@ -25,7 +25,7 @@ from vision_course.core import pick_device, provenance
 from vision_course.explain import grad_cam, target_layer
 from vision_course.resnet import ResNet
 
-GOALS = {"pytorch-grad-cam": 3.5, "captum": 1.2, "forward pass": 0.85}  # times as many images a second, from the issue
+GOALS = {"pytorch-grad-cam": 3.5, "captum": 1.2, "forward pass": 0.85}  # times as many images a second
 
 
 def contenders(model, images, targets, layer):

@@ -15,17 +15,48 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def photos(tmp_path):
-    """A folder of two easy classes, 60 images of 16 by 16 pixels each."""
+def write_photos(folder, count, noise_to=120, signal=80):
+    """A folder of two easy classes, red and blue, of 16 by 16 pixels."""
     noise = np.random.default_rng(0)
     for name, channel in (("red", 0), ("blue", 2)):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(60):
-            pixels = noise.integers(0, 120, (16, 16, 3), dtype=np.uint8)
-            pixels[..., channel] += 80
-            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
-    return tmp_path / "photos"
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = noise.integers(0, noise_to, (16, 16, 3), dtype=np.uint8)
+            pixels[..., channel] += signal
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """60 images of each class."""
+    return write_photos(tmp_path / "photos", 60)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a command in this process; give its status, output and error lines."""
+    from vision_course import command
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["vision-course", *map(str, words)])
+        try:
+            command.main()
+            status = 0
+        except SystemExit as done:
+            status = done.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def refused(result, *words):
+    """A command ended with status 2 and one line that holds these words."""
+    status, _, err = result
+    assert status == 2 and len(err.strip().splitlines()) == 1, result
+    assert all(str(word) in err for word in words), err
+    return True
 
 
 @pytest.fixture

@@ -8,38 +8,17 @@ import sys
 import time
 
 import pytest
+from conftest import refused
 from PIL import Image
-
-from vision_course import cli
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Run a command in this process; give its status, output and error lines."""
+def command(command, tmp_path, monkeypatch):
+    """The command line with outputs and data of its own."""
     monkeypatch.setenv("VISION_COURSE_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setenv("VISION_COURSE_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("VISION_COURSE_DEVICE", "cpu")
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["vision-course", *map(str, words)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as done:
-            status = done.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
-
-
-def refused(result, *words):
-    status, _, err = result
-    assert status == 2, result
-    assert len(err.strip().splitlines()) == 1, err
-    for word in words:
-        assert str(word) in err, err
-    return True
+    return command
 
 
 @pytest.mark.parametrize("name", ["report", "train", "evaluate", "data"])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from conftest import refused, write_photos
 from torch import nn
 
 from vision_course import cli, export
@@ -40,13 +41,8 @@ FLOATS = FORMATS[:2] + FORMATS[3:4]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A small network that tells red from blue, its data and calibration, in a folder of its own."""
-    folder, noise = tmp_path_factory.mktemp("course"), np.random.default_rng(0)
-    for name, channel in (("red", 0), ("blue", 2)):
-        (folder / "photos" / name).mkdir(parents=True)
-        for i in range(150):
-            pixels = noise.integers(0, 150, (16, 16, 3), dtype=np.uint8)
-            pixels[..., channel] += 60
-            Image.fromarray(pixels).save(folder / "photos" / name / f"{i}.png")
+    folder = tmp_path_factory.mktemp("course")
+    write_photos(folder / "photos", 150, noise_to=150, signal=60)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VISION_COURSE_OUTPUTS", str(folder / "outputs"))
         patch.setenv("VISION_COURSE_DATA", str(folder / "data"))
@@ -282,29 +278,6 @@ def test_a_litert_file_is_also_an_archive(files):
 
 
 # The command line
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    def run(*words):
-        from vision_course import command
-
-        monkeypatch.setattr(sys, "argv", ["vision-course", *map(str, words)])
-        try:
-            command.main()
-            status = 0
-        except SystemExit as done:
-            status = done.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
-
-
-def refused(result, *words):
-    status, _, err = result
-    assert status == 2 and len(err.strip().splitlines()) == 1, result
-    return all(str(word) in err for word in words) or pytest.fail(err)
-
 
 @pytest.mark.parametrize("name", ["export", "predict", "explain", "evaluate"])
 def test_help_has_defaults_and_an_example(command, name):

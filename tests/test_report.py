@@ -77,7 +77,7 @@ def test_pages_of_a_run_with_a_failure(project, capsys):
     assert "<style scoped>" not in good and '<a href="#Part-one">Part one</a>' in good
     assert "failed in cell 3" in bad and "too wide" in bad
     assert "<td>42</td>" in index and 'alt="Bars &lt;a&gt; &amp; b"' in index and "<strong>Bad</strong> failed in cell 3" in index
-    assert "<dd>7</dd>" in index and "torch 2" in index
+    assert "<dd>7</dd>" in index and "torch 2" in index and "was given 2 epochs, not what its recipe asks for" in index
 
 
 def test_some_chapters_only(project, capsys):
