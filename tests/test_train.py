@@ -5,16 +5,21 @@ import subprocess
 import sys
 import time
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from vision_course.data import Dataset, Split, shapes_dataset
+from vision_course.cli import trained_network
 from vision_course.core import CourseError
+from vision_course.data import Dataset, Split, shapes_dataset
+from vision_course.resnet import resnet_recipe
 from vision_course.train import (
-    Recipe, Trainer, fit, load_checkpoint, load_or_train, pretrained_path, save_checkpoint, training_key,
+    Recipe, Trainer, evaluate, fit, load_checkpoint, load_or_train, pretrained_path, save_checkpoint, training_key,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def checkpoint(outputs, name="small_cnn-seed0.safetensors"):
@@ -251,3 +256,11 @@ def test_weights_that_come_with_the_project_stand_for_the_same_training_only(tmp
     target.write_bytes(target.read_bytes()[:-5])
     with pytest.raises(CourseError, match="noise-net-seed0.safetensors: (truncated|does not match)"):
         load_or_train(linear, data, recipe)
+
+
+@pytest.mark.skipif(not (ROOT / "data" / "cifar-10-batches-py").exists(), reason="data/ has no CIFAR-10")
+def test_the_published_network_scores_what_its_json_says():
+    path = pretrained_path("cifar10", "resnet", 0)
+    model, data, info = trained_network(path)
+    assert training_key(model, data, resnet_recipe(data), 0) == info["key"]  # so `load_or_train` will find it
+    assert abs(evaluate(model, data.valid)["accuracy"] - info["valid_accuracy"]) < 0.002
