@@ -75,7 +75,7 @@ def report(name, check):
 def pytest_counts():
     """Run pytest, showing what it prints, and read its last line."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:anyio", "--durations=10", "tests"],
+        [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:anyio", "-W", "ignore:os.fork:RuntimeWarning", "--durations=10", "tests"],
         cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, text=True,
     )
     last = ""
