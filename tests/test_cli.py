@@ -1,6 +1,5 @@
 """The command line: what a user can get wrong ends in one clear line and a non-zero status, with nothing half-written."""
 
-import os
 import resource
 import signal
 import subprocess

@@ -15,13 +15,13 @@ from PIL import Image
 from conftest import refused, write_photos
 from torch import nn
 
-from vision_course import cli, export
+from vision_course import export
 from vision_course.calibration import load_calibration, load_or_calibrate
 from vision_course.card import SECTIONS, model_card, write_card
 from vision_course.cnn import small_cnn
 from vision_course.core import CourseError, output_folder, save_result
 from vision_course.data import load
-from vision_course.export import Deployable, answers, demand_parity, export_model, in_torch, open_exported, parity
+from vision_course.export import Deployable, answers, demand_parity, export_model, open_exported, parity
 from vision_course.predictor import Predictor, read_image
 from vision_course.train import Recipe, load_or_train, predict
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from vision_course.cli import trained_network
 from vision_course.core import CourseError
-from vision_course.data import Dataset, Split, shapes_dataset
+from vision_course.data import Dataset, Split
 from vision_course.resnet import resnet_recipe
 from vision_course.train import (
     Recipe, Trainer, evaluate, fit, load_checkpoint, load_or_train, pretrained_path, save_checkpoint, training_key,

@@ -7,14 +7,13 @@ __all__ = ['learned_weights', 'magnitude_masks', 'masked', 'stored_megabytes', '
            'Grid', 'value_range', 'symmetric_grid', 'affine_grid', 'quantise', 'dequantise', 'distillation_loss',
            'Pupil', 'pareto_front']
 
-# %% ../nbs/07_compression.ipynb #cb8c603a
+# %% ../nbs/07_compression.ipynb #27d2095e
 import zlib
 from collections.abc import Iterable
 from copy import deepcopy
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
