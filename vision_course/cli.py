@@ -56,7 +56,7 @@ DeviceOption = Annotated[Device, typer.Option(help="auto takes the GPU where the
 TrackerOption = Annotated[Optional[str], typer.Option(help="tensorboard, wandb, …: log to outputs/DATASET/checkpoints/logs.")]
 SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out image files that cannot be read, and count them.")]
 
-# %% ../nbs/lib/cli.ipynb #0385fbdd
+# %% ../nbs/lib/cli.ipynb #b6508719
 @app.command()
 def report(
     dataset: DatasetOption = "shapes",       # a data set's name, or a folder of class folders
@@ -64,7 +64,7 @@ def report(
     seed: SeedOption = 0,                    # 0 or more
     device: DeviceOption = Device.auto,      # what to compute on
     chapters: Annotated[Optional[list[str]], typer.Option("--chapter", help="Only this chapter, such as 02; may be given several times.")] = None,  # None: all
-    publish_results: Annotated[bool, typer.Option("--publish", help="Keep results, key figures and weights with the code, and renew the README.")] = False,  # for those who maintain the course
+    publish_results: Annotated[bool, typer.Option("--publish", help="Keep results, key figures and weights with the code, and renew the README; with --chapter, renew these chapters only.")] = False,  # for those who maintain the course
 ):
     """Run every chapter and write the HTML report to outputs/DATASET/report/index.html.
 
@@ -75,12 +75,13 @@ def report(
     from vision_course.published import publish, readme_text, require_commit
     from vision_course.report import make_report
 
-    if publish_results:  # what is published was trained by the code that it is published with
+    if publish_results:
         require_commit({"This report": {"provenance": {"commit": current_commit()}}})
-        os.environ["VISION_COURSE_PRETRAINED"] = "no"
+        if not chapters:  # the published weights are trained by the code that they are published with
+            os.environ["VISION_COURSE_PRETRAINED"] = "no"
     make_report(dataset, epochs, seed, chapters)
     if publish_results:
-        typer.echo(f"Published: {publish(dataset)}")
+        typer.echo(f"Published: {publish(dataset, chapters)}")
         write_atomic(project_root() / "README.md", readme_text())
 
 # %% ../nbs/lib/cli.ipynb #f39afd91

@@ -6,10 +6,11 @@
 __all__ = ['MOST_BYTES', 'MOST_WEIGHTS', 'TERMS', 'copy_small', 'require_commit', 'results_page', 'number_in_words',
            'publish_weights', 'published_folder', 'publish', 'read_published', 'published_table', 'readme_text']
 
-# %% ../nbs/lib/published.ipynb #e4a6ff86
+# %% ../nbs/lib/published.ipynb #75383b34
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -49,10 +50,10 @@ def require_commit(
         if not commit or commit.endswith("+changes"):
             raise CourseError(f"{chapter}: run with uncommitted code. Commit, and run vision-course report --publish again.")
 
-# %% ../nbs/lib/published.ipynb #ae664427
+# %% ../nbs/lib/published.ipynb #762a2e1a
 def results_page(
     dataset: str,              # of the run
-    results: dict[str, dict],  # by chapter, each with its provenance
+    results: dict[str, dict],  # by chapter, each with its provenance and its execution
 ) -> str:                      # Markdown
     "Headlines, key figures, and where they come from."
     rows, runs, figures = [], [], []
@@ -60,17 +61,21 @@ def results_page(
         values, made = stored["values"], stored["provenance"]
         rows += [f"| {row['what']} | {number_in_words(row['value'])} | {row.get('note', '')} |" for row in values.get("headline", [])]
         figures += [f"![{name}]({name}.png)" for name in values.get("key_figures", [])]
-        how = _execution(dataset, chapter)
+        how = stored["execution"]
         runs.append(f"| {chapter} | {how['seed']} | {how['epochs']} | {how['minutes']} | {made['commit']} | {made['time']} |")
-    made = stored["provenance"]
-    versions = ", ".join(f"{name} {made[name]}" for name in ("python", "torch", "torchvision", "numpy", "vision_course") if made.get(name))
     return "\n".join([
         f"# Results on {run_name(dataset)}", "", "| result | value | |", "|---|---|---|", *rows, "", "## Where they come from", "",
-        f"Measured on {made['device']}, {made['threads']} threads; {versions}. Every chapter was run by "
-        f"`vision-course report --dataset {run_name(dataset)} --publish`.", "",
+        f"Measured on {'; '.join(dict.fromkeys(_machine(stored['provenance']) for stored in results.values()))}. Every chapter was run"
+        f" by `vision-course report --dataset {run_name(dataset)} --publish`, those of an older commit by an earlier call.", "",
         "| chapter | seed | epochs | minutes | commit | finished |", "|---|---|---|---|---|---|", *runs, "",
         "Minutes include the training of what was not there yet.", "", "## Key figures", "", *figures, "",
     ])
+
+
+def _machine(made):
+    "Device and versions of a provenance."
+    versions = [f"{name} {made[name]}" for name in ("python", "torch", "torchvision", "numpy", "vision_course") if made.get(name)]
+    return f"{made['device']}, {made['threads']} threads, {', '.join(versions)}"
 
 
 def number_in_words(
@@ -109,7 +114,7 @@ def publish_weights(
     kept |= {"precision": "float16", "terms": TERMS, "trained_on": images, "sha256": sha256(content).hexdigest()}
     return [write_atomic(target, content), save_json(target.with_suffix(".json"), kept)]
 
-# %% ../nbs/lib/published.ipynb #7a989071
+# %% ../nbs/lib/published.ipynb #9edc4385
 def published_folder(
     dataset: str,  # of a published run
 ) -> Path:         # outputs/published/<dataset>; may not be there
@@ -122,25 +127,33 @@ def published_folder(
 
 
 def publish(
-    dataset: str,  # the data set of a finished run
-) -> Path:         # outputs/published/<dataset>/
+    dataset: str,                           # the data set of a finished run
+    chapters: Sequence[str] | None = None,  # numbers or names: renew only these, the others stay as published; None: all
+) -> Path:                                  # outputs/published/<dataset>/
     "Keep a run's results and key figures with the code, all of them or none; and the weights, unless the data set is built in."
     source, target = output_folder(dataset), published_folder(dataset)
-    results = {path.stem: load_json(path) for path in sorted((source / "results").glob("*.json"))}
-    if not results:
+    named = lambda path: not chapters or path.stem.startswith(tuple(chapters))
+    made = {path.stem: load_json(path) for path in sorted((source / "results").glob("*.json")) if named(path)}
+    if not made:
         raise CourseError(f"{source}: has no results. Run vision-course report --dataset {dataset} first.")
-    require_commit(results)
+    require_commit(made)
+    kept = read_published(dataset) if chapters else {}
+    renewed = {chapter: {**stored, "execution": _execution(dataset, chapter)} for chapter, stored in made.items()}
+    results = dict(sorted((kept | renewed).items()))
     fresh, former = (target.with_name(f".{target.name}.{state}") for state in ("fresh", "former"))
     for leftover in (fresh, former):
         shutil.rmtree(leftover, ignore_errors=True)
     for chapter, stored in results.items():
         save_json(fresh / f"{chapter}.json", stored)
+        figures = source / "figures" if chapter in made else target
         for name in stored["values"].get("key_figures", []):
-            copy_small(source / "figures" / f"{name}.png", fresh / f"{name}.png")
+            copy_small(figures / f"{name}.png", fresh / f"{name}.png")
     write_atomic(fresh / "RESULTS.md", results_page(dataset, results))
-    files = sorted(fresh.iterdir())
-    weights = publish_weights(dataset) if run_name(dataset) != "shapes" else []
-    sums = {kind: {path.name: _digest(path) for path in paths} for kind, paths in (("files", files), ("weights", weights))}
+    sums = {"files": {path.name: _digest(path) for path in sorted(fresh.iterdir())}}
+    if chapters:
+        sums["weights"] = load_json(target / "hashes.json")["weights"]
+    else:
+        sums["weights"] = {path.name: _digest(path) for path in publish_weights(dataset)} if run_name(dataset) != "shapes" else {}
     save_json(fresh / "hashes.json", sums)
     if target.exists():
         os.replace(target, former)
