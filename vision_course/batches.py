@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['epoch_order', 'shares', 'from_memory', 'from_disk', 'Batches']
 
-# %% ../nbs/lib/batches.ipynb #ff35b8d9
+# %% ../nbs/lib/batches.ipynb #2682ea0a
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .augment import derive_seed, part_noise, pixels_last, to_float
-from .core import CourseError
+from .core import CourseError, keep_freed_memory
 from .readers import channels_first
 from .splits import Split
 
@@ -67,7 +67,7 @@ def from_disk(
 def _read_rows(pixels, labels, rows):
     return pixels[rows], labels[rows]
 
-# %% ../nbs/lib/batches.ipynb #445bb96e
+# %% ../nbs/lib/batches.ipynb #bd3785c7
 class Batches:
     "Batches of a split on a device: float images in [0, 1], stored channels last, and labels."
 
@@ -82,6 +82,7 @@ class Batches:
     ):
         if batch_size < 1:
             raise CourseError(f"batch_size {batch_size}: must be 1 or more.")
+        keep_freed_memory()  # each batch needs what the one before it has freed
         self.split, self.batch_size, self.augment = split, batch_size, augment
         self.shuffle, self.seed, self.device = shuffle, seed, torch.device(device)
         self.epoch = 0       # set it before iterating: order and augmentation depend on seed and epoch only

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['project_root', 'data_root', 'run_name', 'output_folder', 'needed', 'save_json', 'load_json', 'seed_everything',
-           'pick_device', 'fast_bfloat16', 'provenance', 'device_in_words', 'current_commit', 'save_result',
-           'load_result', 'save_figure', 'figure_saver', 'progress', 'locked']
+           'pick_device', 'fast_bfloat16', 'keep_freed_memory', 'provenance', 'device_in_words', 'current_commit',
+           'save_result', 'load_result', 'save_figure', 'figure_saver', 'progress', 'locked']
 
-# %% ../nbs/lib/core.ipynb #e58754a5
+# %% ../nbs/lib/core.ipynb #0f0bfad6
+import ctypes
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
@@ -140,6 +142,17 @@ def fast_bfloat16(
 def _has_bf16_flag():
     flags = Path("/proc/cpuinfo")
     return flags.exists() and re.search(r"avx512_bf16|amx_bf16", flags.read_text()) is not None
+
+# %% ../nbs/lib/core.ipynb #caee6132
+@cache
+def keep_freed_memory() -> bool:  # True where the C library can be told (glibc)
+    "Let memory that was freed wait for the next tensor, and not go back to the system; for the whole process."
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library, or none that can be asked
+        return False
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    return all([mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1)])
 
 # %% ../nbs/lib/core.ipynb #f1a2bf38
 def provenance() -> dict:  # commit, versions, device, threads, time
