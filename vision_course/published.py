@@ -114,7 +114,7 @@ def publish_weights(
     kept |= {"precision": "float16", "terms": TERMS, "trained_on": images, "sha256": sha256(content).hexdigest()}
     return [write_atomic(target, content), save_json(target.with_suffix(".json"), kept)]
 
-# %% ../nbs/lib/published.ipynb #9edc4385
+# %% ../nbs/lib/published.ipynb #ef5144f1
 def published_folder(
     dataset: str,  # of a published run
 ) -> Path:         # outputs/published/<dataset>; may not be there
@@ -145,9 +145,11 @@ def publish(
         shutil.rmtree(leftover, ignore_errors=True)
     for chapter, stored in results.items():
         save_json(fresh / f"{chapter}.json", stored)
-        figures = source / "figures" if chapter in made else target
-        for name in stored["values"].get("key_figures", []):
-            copy_small(figures / f"{name}.png", fresh / f"{name}.png")
+        for name in (f"{figure}.png" for figure in stored["values"].get("key_figures", [])):
+            if chapter in made:
+                copy_small(source / "figures" / name, fresh / name)
+            else:
+                shutil.copyfile(target / name, fresh / name)
     write_atomic(fresh / "RESULTS.md", results_page(dataset, results))
     sums = {"files": {path.name: _digest(path) for path in sorted(fresh.iterdir())}}
     if chapters:
