@@ -173,7 +173,7 @@ def _heading(path):
     title, promise = (re.search(rf"^{mark} +(.+)", text, re.MULTILINE) for mark in ("#", ">"))
     return title[1] if title else path.stem, promise[1] if promise else ""
 
-# %% ../nbs/lib/report.ipynb #cf935db5
+# %% ../nbs/lib/report.ipynb #01c13ff5
 def _readable(notebook):
     "Leave out the machinery and mark the captions."
     cells = []
@@ -186,7 +186,7 @@ def _readable(notebook):
             if not hidden and (cell.source or cell.outputs) and "injected-check" not in cell.metadata.get("tags", []):
                 cells.append(cell)
         elif "papermill-error-cell-tag" not in cell.metadata.get("tags", []):
-            cells += _captioned(cell, after_figure=bool(cells) and _has_figure(cells[-1]))
+            cells += _captioned(cell, after_exhibit=bool(cells) and _has_exhibit(cells[-1]))
     notebook.cells = cells
     return notebook
 
@@ -208,15 +208,16 @@ def _tidy(output):
         output.metadata.setdefault("image/png", {}).setdefault("alt", "A figure; the text beside it says what it shows.")
     return output
 
-# %% ../nbs/lib/report.ipynb #6996d699
-def _has_figure(cell):
-    return any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
+# %% ../nbs/lib/report.ipynb #88e00793
+def _has_exhibit(cell):
+    "Whether a cell ends in a figure or a table."
+    return any({"image/png", "text/html"} & set(output.get("data", {})) for output in cell.get("outputs", []))
 
 
-def _captioned(cell, after_figure):
+def _captioned(cell, after_exhibit):
     "The cell, or its first paragraph as a caption and the rest."
     first, _, rest = cell.source.strip().partition("\n\n")
-    if not (after_figure and re.fullmatch(r"\*[^*].*[^*]\*|_[^_].*[^_]_", first, re.DOTALL)):
+    if not (after_exhibit and re.fullmatch(r"\*[^*].*[^*]\*|_[^_].*[^_]_", first, re.DOTALL)):
         return [cell]
     caption = type(cell)({**cell, "id": f"{cell.get('id', '')[:50]}-caption", "source": first, "metadata": {"caption": True}})
     return [caption, type(cell)({**cell, "source": rest})] if rest else [caption]
