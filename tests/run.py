@@ -74,9 +74,10 @@ def report(name, check):
 
 def pytest_counts():
     """Run pytest, showing what it prints, and read its last line."""
+    forks = ("ignore:os.fork:RuntimeWarning", "ignore:This process:DeprecationWarning")  # a DataLoader's workers, from Python 3.12
+    words = ["-q", "-n", "2", "-p", "no:anyio", *(word for rule in forks for word in ("-W", rule)), "--durations=10", "tests"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:anyio", "-W", "ignore:os.fork:RuntimeWarning", "--durations=10", "tests"],
-        cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "pytest", *words], cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, text=True,
     )
     last = ""
     for line in process.stdout:
