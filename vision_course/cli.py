@@ -56,7 +56,7 @@ DeviceOption = Annotated[Device, typer.Option(help="auto takes the GPU where the
 TrackerOption = Annotated[Optional[str], typer.Option(help="tensorboard, wandb, …: log to outputs/DATASET/checkpoints/logs.")]
 SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out image files that cannot be read, and count them.")]
 
-# %% ../nbs/lib/cli.ipynb #b6508719
+# %% ../nbs/lib/cli.ipynb #5f6cb9d6
 @app.command()
 def report(
     dataset: DatasetOption = "shapes",       # a data set's name, or a folder of class folders
@@ -72,12 +72,14 @@ def report(
     """
     os.environ["VISION_COURSE_DEVICE"] = device.value
     from vision_course.core import current_commit, project_root, write_atomic
-    from vision_course.published import publish, readme_text, require_commit
+    from vision_course.published import publish, read_published, readme_text, require_commit
     from vision_course.report import make_report
 
     if publish_results:
         require_commit({"This report": {"provenance": {"commit": current_commit()}}})
-        if not chapters:  # the published weights are trained by the code that they are published with
+        if chapters:  # the others have to be there, and whole
+            read_published(dataset)
+        else:  # the published weights are trained by the code that they are published with
             os.environ["VISION_COURSE_PRETRAINED"] = "no"
     make_report(dataset, epochs, seed, chapters)
     if publish_results:

@@ -182,7 +182,7 @@ def read_published(
             raise CourseError(f"{path}: was changed after it was published. Restore it, or publish the run again.")
     return {path.stem: load_json(path) for path in sorted(folder.glob("*.json")) if path.name in sums["files"]}
 
-# %% ../nbs/lib/published.ipynb #15af8ae2
+# %% ../nbs/lib/published.ipynb #a4a5ac6f
 def published_table(
     *datasets: str,  # published runs
 ):                   # an IPython Markdown table
@@ -195,8 +195,10 @@ def published_table(
         for stored in results.values():
             for row in stored["values"].get("headline", [])[:2]:
                 cells.setdefault(row["what"], {})[dataset] = number_in_words(row["value"])
-        made = stored["provenance"]
-        measured.append(f"[{dataset}](../outputs/published/{dataset}/RESULTS.md) on {made['device']}, {made['time'][:10]}")
+        made = [stored["provenance"] for stored in results.values()]
+        devices, days = dict.fromkeys(row["device"] for row in made), sorted(row["time"][:10] for row in made)
+        when = " to ".join(dict.fromkeys((days[0], days[-1])))
+        measured.append(f"[{dataset}](../outputs/published/{dataset}/RESULTS.md) on {' and '.join(devices)}, {when}")
     body = [f"| {what} | " + " | ".join(found.get(dataset, "") for dataset in datasets) + " |" for what, found in cells.items()]
     head = ["| | " + " | ".join(datasets) + " |", "|---" * (1 + len(datasets)) + "|"]
     return Markdown("\n".join([*head, *body, "", "Measured: " + "; ".join(measured) + "."]))
