@@ -142,7 +142,7 @@ def _mosaic(images, columns, below):
         places.append((x + tile.shape[1] / 2, y + height))
     return page, np.array(places)
 
-# %% ../nbs/lib/plots.ipynb #03fb1f77
+# %% ../nbs/lib/plots.ipynb #f8bf7504
 @styled
 def image_grid(
     images,         # (n, 3 or 1, h, w), uint8 or floats in [0, 1]
@@ -156,7 +156,7 @@ def image_grid(
         if given is not None and len(given) != len(array):
             raise CourseError(f"image_grid: {len(array)} images but {len(given)} {name}")
     columns = max(1, min(columns, len(array)))
-    letters = max(6, int(110 / columns))
+    letters, fitting = max(6, int(110 / columns)), 84 / columns  # in a line; without touching the neighbours
     titles = ["\n".join(textwrap.fill(line, letters) for line in str(t).replace(" %", "\xa0%").split("\n")) for t in titles or []]
     lines = max((t.count("\n") + 1 for t in titles), default=0)
     page, places = _mosaic(array, columns, below=18 * lines + 10 * (lines > 0))
@@ -166,7 +166,8 @@ def image_grid(
     ax.set_axis_off()
     for title, colour, (x, y) in zip(titles, title_colours or [INK] * len(titles), places):
         for k, line in enumerate(title.split("\n")):
-            ax.text(x, y + 18 * (k + 1), line, ha="center", va="baseline", fontsize=7.5, color=colour)
+            size = 7.5 * min(1, fitting / max(1, len(line)))
+            ax.text(x, y + 18 * (k + 1), line, ha="center", va="baseline", fontsize=size, color=colour)
     return figure
 
 # %% ../nbs/lib/plots.ipynb #4596e965
