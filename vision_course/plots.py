@@ -142,7 +142,7 @@ def _mosaic(images, columns, below):
         places.append((x + tile.shape[1] / 2, y + height))
     return page, np.array(places)
 
-# %% ../nbs/lib/plots.ipynb #f8bf7504
+# %% ../nbs/lib/plots.ipynb #800c1aef
 @styled
 def image_grid(
     images,         # (n, 3 or 1, h, w), uint8 or floats in [0, 1]
@@ -156,8 +156,8 @@ def image_grid(
         if given is not None and len(given) != len(array):
             raise CourseError(f"image_grid: {len(array)} images but {len(given)} {name}")
     columns = max(1, min(columns, len(array)))
-    letters, fitting = max(6, int(110 / columns)), 84 / columns  # in a line; without touching the neighbours
-    titles = ["\n".join(textwrap.fill(line, letters) for line in str(t).replace(" %", "\xa0%").split("\n")) for t in titles or []]
+    letters = 78 / columns  # that fit below an image; a longer word is set smaller
+    titles = [_wrapped(str(title), round(1.15 * letters)) for title in titles or []]
     lines = max((t.count("\n") + 1 for t in titles), default=0)
     page, places = _mosaic(array, columns, below=18 * lines + 10 * (lines > 0))
     figure = CourseFigure(figsize=(WIDTH, len(page) / DPI))
@@ -166,9 +166,15 @@ def image_grid(
     ax.set_axis_off()
     for title, colour, (x, y) in zip(titles, title_colours or [INK] * len(titles), places):
         for k, line in enumerate(title.split("\n")):
-            size = 7.5 * min(1, fitting / max(1, len(line)))
+            size = 7.5 * min(1, letters / max(1, len(line)))
             ax.text(x, y + 18 * (k + 1), line, ha="center", va="baseline", fontsize=size, color=colour)
     return figure
+
+
+def _wrapped(title, letters):
+    "In lines of so many letters, words whole, and a number with its % sign."
+    lines = title.replace(" %", "\xa0%").split("\n")
+    return "\n".join(textwrap.fill(line, max(6, letters), break_long_words=False) for line in lines)
 
 # %% ../nbs/lib/plots.ipynb #4596e965
 def heat_overlay(
