@@ -142,7 +142,7 @@ def _mosaic(images, columns, below):
         places.append((x + tile.shape[1] / 2, y + height))
     return page, np.array(places)
 
-# %% ../nbs/lib/plots.ipynb #800c1aef
+# %% ../nbs/lib/plots.ipynb #5ac4e9af
 @styled
 def image_grid(
     images,         # (n, 3 or 1, h, w), uint8 or floats in [0, 1]
@@ -156,8 +156,10 @@ def image_grid(
         if given is not None and len(given) != len(array):
             raise CourseError(f"image_grid: {len(array)} images but {len(given)} {name}")
     columns = max(1, min(columns, len(array)))
-    letters = 78 / columns  # that fit below an image; a longer word is set smaller
+    letters = 78 / columns  # that fit below an image
     titles = [_wrapped(str(title), round(1.15 * letters)) for title in titles or []]
+    longest = max((len(line) for title in titles for line in title.split("\n")), default=0)
+    size = 7.5 * max(0.8, min(1, letters / max(1, longest)))  # smaller where a word is too long
     lines = max((t.count("\n") + 1 for t in titles), default=0)
     page, places = _mosaic(array, columns, below=18 * lines + 10 * (lines > 0))
     figure = CourseFigure(figsize=(WIDTH, len(page) / DPI))
@@ -166,7 +168,6 @@ def image_grid(
     ax.set_axis_off()
     for title, colour, (x, y) in zip(titles, title_colours or [INK] * len(titles), places):
         for k, line in enumerate(title.split("\n")):
-            size = 7.5 * min(1, letters / max(1, len(line)))
             ax.text(x, y + 18 * (k + 1), line, ha="center", va="baseline", fontsize=size, color=colour)
     return figure
 
