@@ -103,7 +103,7 @@ def _blank(height, columns=1):
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, wspace=0.04, rect=(0, 0, 1, 1 - 0.13 / height))
     return figure, figure.subplots(1, columns)
 
-# %% ../nbs/lib/plots.ipynb #34988499
+# %% ../nbs/lib/plots.ipynb #071979b7
 def _pixels(images):
     "Images as bytes with three channels last."
     array = _as_array(images, "images")
@@ -118,10 +118,11 @@ def _pixels(images):
 
 
 def _fit(image, side):
-    "Enlarge by a whole factor, or reduce with a filter, so that the image fills a square place."
+    "Enlarge by a whole factor, or with a filter if that leaves much of the square place free; reduce with a filter."
     longest = max(image.shape[:2])
-    if longest <= side:
-        return image.repeat(side // longest, axis=0).repeat(side // longest, axis=1)
+    factor = side // longest
+    if factor * longest >= 0.75 * side:
+        return image.repeat(factor, axis=0).repeat(factor, axis=1)
     height, width = (max(1, round(length * side / longest)) for length in image.shape[:2])
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
@@ -142,7 +143,7 @@ def _mosaic(images, columns, below):
         places.append((x + tile.shape[1] / 2, y + height))
     return page, np.array(places)
 
-# %% ../nbs/lib/plots.ipynb #5ac4e9af
+# %% ../nbs/lib/plots.ipynb #2542717e
 @styled
 def image_grid(
     images,         # (n, 3 or 1, h, w), uint8 or floats in [0, 1]
@@ -150,7 +151,7 @@ def image_grid(
     columns: int = 8,                            # images in a row, at least 1
     title_colours: Sequence[str] | None = None,  # one a title, for instance RIGHT or WRONG
 ) -> Figure:
-    "Images side by side, their pixels sharp, each with its title below."
+    "Images side by side, small ones with sharp pixels, each with its title below."
     array = _pixels(images)
     for name, given in (("titles", titles), ("title_colours", title_colours)):
         if given is not None and len(given) != len(array):
