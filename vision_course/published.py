@@ -201,11 +201,11 @@ def read_published(
             raise CourseError(f"{path}: was changed after it was published. Restore it, or publish the run again.")
     return {path.stem: load_json(path) for path in sorted(folder.glob("*.json")) if path.name in sums["files"]}
 
-# %% ../nbs/lib/published.ipynb #cd7dfc36
+# %% ../nbs/lib/published.ipynb #8483281d
 def published_table(
     *datasets: str,  # published runs
 ):                   # an IPython Markdown table
-    "The headlines of published runs side by side."
+    "The headlines of published runs side by side; those that only one of them has stand on its own page."
     from IPython.display import Markdown
 
     runs = {dataset: read_published(dataset) for dataset in datasets}
@@ -218,7 +218,8 @@ def published_table(
         devices, days = dict.fromkeys(row["device"] for row in made), sorted(row["time"][:10] for row in made)
         when = " to ".join(dict.fromkeys((days[0], days[-1])))
         measured.append(f"[{dataset}](../outputs/published/{dataset}/RESULTS.md) on {' and '.join(devices)}, {when}")
-    body = [f"| {what} | " + " | ".join(found.get(dataset, "") for dataset in datasets) + " |" for what, found in cells.items()]
+    body = [f"| {what} | " + " | ".join(found.get(dataset, "") for dataset in datasets) + " |"
+            for what, found in cells.items() if len(found) > 1 or len(datasets) == 1]
     given = {dataset: epochs_given(results) for dataset, results in runs.items()}
     heads = [name + (f", short run: {n} epoch{'s' * (n != 1)}" if n else "") for name, n in given.items()]
     head = ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(datasets)) + "|"]
