@@ -126,12 +126,12 @@ def whitening_filters(
     filters = (vectors / (values + 5e-4).sqrt()).T.flip(0).view(-1, 3, size, size)
     return torch.cat([filters, -filters])
 
-# %% ../nbs/03_resnet.ipynb #86b0cdae
+# %% ../nbs/03_resnet.ipynb #d8b6cdea
 def coarse_stem(
     model: nn.Module,  # a `ResNet`, untrained
     image_size: int,   # height and width of the images, pixels
 ) -> nn.Module:        # the same
-    "Let the stem step over large images, so that about 32 × 32 places are left of an image of any size."
+    "Let the stem step over large images, so that fewer than 64 places a side are left of any."
     stride = image_size // 32
     if stride > 1:
         model.stem[0] = nn.Conv2d(3, 24, 2 * stride, stride)
