@@ -66,7 +66,7 @@ def _short_run(results):
     words = f"**A short run**: a network was given {epochs} epoch{'s' * (epochs != 1)} in place of what its recipe says." if epochs else ""
     return [words, ""] if words else []
 
-# %% ../nbs/lib/published.ipynb #28660cbf
+# %% ../nbs/lib/published.ipynb #c579c33c
 def results_page(
     dataset: str,              # of the run
     results: dict[str, dict],  # by chapter, each with its provenance and its execution
@@ -80,11 +80,11 @@ def results_page(
         how = stored["execution"]
         runs.append(f"| {chapter} | {how['seed']} | {how['epochs']} | {how['minutes']} | {made['commit']} | {made['time']} |")
     epochs = epochs_given(results)
-    command = f"vision-course report --dataset {run_name(dataset)}{f' --epochs {epochs}' if epochs else ''} --publish"
+    command = f"vision-course report --dataset {run_name(dataset)}{f' --epochs {epochs}' if epochs else ''}"
     return "\n".join([
         f"# Results on {run_name(dataset)}", "", *_short_run(results), "| result | value | |", "|---|---|---|", *rows, "", "## Where they come from", "",
-        f"Measured on {'; '.join(dict.fromkeys(_machine(stored['provenance']) for stored in results.values()))}. Every chapter was run"
-        f" by `{command}`, those of an older commit by an earlier call.", "",
+        f"Measured on {'; '.join(dict.fromkeys(_machine(stored['provenance']) for stored in results.values()))}. Each chapter was run"
+        f" by `{command}`, with others or alone (`--chapter`), at the commit beside it.", "",
         "| chapter | seed | epochs | minutes | commit | finished |", "|---|---|---|---|---|---|", *runs, "",
         "Minutes include the training of what was not there yet.", "", "## Key figures", "", *figures, "",
     ])
