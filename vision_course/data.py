@@ -7,7 +7,7 @@ __all__ = ['SIZES', 'VALID_SHARE', 'AUGMENTATIONS', 'Dataset', 'channel_statisti
            'shapes_dataset', 'finish', 'load', 'mirror', 'random_flip', 'alternating_flip', 'windows', 'random_crop',
            'cutout', 'mixup', 'cutmix', 'compose', 'augmentation']
 
-# %% ../nbs/01_data.ipynb #a4d6482c
+# %% ../nbs/01_data.ipynb #2acf3754
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_course.augment import (
-    beta, box_mask, colour_jitter, derive_seed, pixels_last, places, quarter_turns, rand_augment, random_erasing, reflect,
-    rotate, uniform, zoom,
+    beta, box_mask, colour_jitter, derive_seed, pixels_last, places, quarter_turns, rand_augment, random_erasing,
+    reflect, rotate, uniform, zoom,
 )
 from .batches import Batches
 from .core import CourseError, data_root
@@ -78,12 +78,13 @@ def channel_statistics(
 def _by_channel(x):  # whole numbers up to 255² in columns of 256 stay exact in float32
     return x.sum(1).double().sum(0).view(-1, 3).sum(0)
 
-# %% ../nbs/01_data.ipynb #5b8ae561
+# %% ../nbs/01_data.ipynb #f527f8b8
 def thumbnails(
     images: Tensor,  # uint8 (images, 3, height, width)
 ) -> Tensor:         # float32 (images, 64), rows of mean 0 and length 1
     "Shrink each image to 8×8 grey pixels without brightness and contrast."
-    rows, columns = (F.adaptive_avg_pool1d(torch.eye(n)[None], 8)[0] for n in images.shape[2:])  # (height, 8), (width, 8)
+    shares = lambda n: F.adaptive_avg_pool1d(torch.eye(n)[None], 8)[0]  # (n, 8): what each of n pixels gives to each of 8
+    rows, columns = (shares(n) for n in images.shape[2:])
     columns = columns.repeat_interleave(3, 0) / 3  # (width · 3, 8): averages columns and channels at once
     small = [rows.T @ (pixels_last(chunk).flatten(2).float() @ columns) for chunk in images.split(512)]
     return _unit_rows(torch.cat(small).flatten(1))
@@ -152,12 +153,12 @@ def finish(
     digest = hashlib.blake2b(content, digest_size=8).hexdigest()
     return Dataset(name, tuple(classes), train, splits["valid"], test, mean, std, digest, notes, seed)
 
-# %% ../nbs/01_data.ipynb #95ceb6a7
+# %% ../nbs/01_data.ipynb #385f18dc
 VALID_SHARE = {"cifar10": 5_000 / 50_000, "fashion_mnist": 5_000 / 60_000}  # of train; others: a tenth
 
 
 def load(
-    name: str = "shapes",           # "shapes", "cifar10", "fashion_mnist", "tiny_imagenet", or a folder of class folders
+    name: str = "shapes",           # "shapes", "cifar10", "fashion_mnist", "tiny_imagenet", a folder of class folders
     root: Path | None = None,       # folder of the data sets; None: $VISION_COURSE_DATA or data/ in the project
     seed: int = 0,                  # of the splits, and of the images of "shapes"; 0 or more
     image_size: int | None = None,  # height and width, pixels; None: the set's own, 64 for a folder
@@ -207,7 +208,7 @@ def alternating_flip(
     sides = getattr(generator, "sides", None)
     return random_flip(images, generator) if sides is None else mirror(images, sides)
 
-# %% ../nbs/01_data.ipynb #eadad56f
+# %% ../nbs/01_data.ipynb #432f6a89
 def windows(
     pixels: Tensor,  # (images, height, width, channels), contiguous
     size: int,       # height and width of a window, pixels
@@ -227,8 +228,8 @@ def random_crop(
     padding = size // 8 if padding is None else padding
     top, left = places(generator, count, 2 * padding + 1), places(generator, count, 2 * padding + 1)
     padded = reflect(pixels_last(images), padding)
-    picked = windows(padded, size)[torch.arange(count, device=images.device), top, left]  # (images, size, size · channels)
-    return channels_first(picked.unflatten(2, (size, -1)))
+    picked = windows(padded, size)[torch.arange(count, device=images.device), top, left]
+    return channels_first(picked.unflatten(2, (size, -1)))  # it was (images, size, size · channels)
 
 # %% ../nbs/01_data.ipynb #124103fa
 def cutout(
@@ -273,9 +274,10 @@ def cutmix(
     share = 1 - box.float().mean((1, 2, 3))[:, None]         # what is left of the image itself
     return torch.where(box, images[partner], images), torch.lerp(targets[partner], targets, share)
 
-# %% ../nbs/01_data.ipynb #9894308f
+# %% ../nbs/01_data.ipynb #6e256c37
 AUGMENTATIONS = {
-    "flip": random_flip, "alternate": alternating_flip, "crop": random_crop, "cutout": cutout, "erasing": random_erasing,
+    "flip": random_flip, "alternate": alternating_flip, "crop": random_crop, "cutout": cutout,
+    "erasing": random_erasing,
     "rotate10": partial(rotate, degrees=10), "rotate15": partial(rotate, degrees=15), "quarter_turns": quarter_turns,
     "zoom": zoom, "jitter": colour_jitter, "randaugment": rand_augment,
 }
@@ -302,5 +304,6 @@ def augmentation(
     parts = name.split("+")
     unknown = [part for part in parts if part not in AUGMENTATIONS]
     if unknown:
-        raise CourseError(f"augmentation {unknown[0]!r}: not known. Choose none, or join some of {', '.join(AUGMENTATIONS)} by +.")
+        known = ", ".join(AUGMENTATIONS)
+        raise CourseError(f"augmentation {unknown[0]!r}: not known. Choose none, or join some of {known} by +.")
     return compose(*(AUGMENTATIONS[part] for part in parts))

@@ -78,7 +78,7 @@ def in_torch(
 
     return run
 
-# %% ../nbs/08_export.ipynb #847a1377
+# %% ../nbs/08_export.ipynb #1d1f0d99
 KEY = "vision_course"  # under which the metadata stand in every format
 
 
@@ -111,7 +111,9 @@ def read_facts(
     except (TypeError, ValueError, KeyError):
         facts, version = {}, 0
     if version > FORMAT_VERSION:
-        raise CourseError(f"{path}: has format version {version}, and this course reads up to {FORMAT_VERSION}. Update vision_course.")
+        raise CourseError(
+            f"{path}: has format version {version}, and this course reads up to {FORMAT_VERSION}. Update vision_course."
+        )
     if not {"classes", "image_size", "dataset", "provenance"} <= facts.keys():
         raise CourseError(f"{path}: not a model that this course exported. Make one with vision-course export.")
     return facts
@@ -210,7 +212,7 @@ def quantise_tflite(
         making.quantize(measuring.get_model_qsvs()).export_model(str(target))
     return attach(target, metadata)
 
-# %% ../nbs/08_export.ipynb #489cd473
+# %% ../nbs/08_export.ipynb #5fd3ab46
 @dataclass
 class Opened:
     "An exported network, ready to run."
@@ -228,7 +230,9 @@ def open_pt2(
         with quietly():
             program = torch.export.load(path, extra_files=files)
     except Exception as error:  # a damaged archive raises whatever its reader stumbles over
-        raise CourseError(f"{path}: PyTorch cannot load it ({type(error).__name__}). Export the network again.") from None
+        raise CourseError(
+            f"{path}: PyTorch cannot load it ({type(error).__name__}). Export the network again."
+        ) from None
     return Opened(read_facts(path, files[KEY]), in_torch(program.module()))
 
 
@@ -241,7 +245,7 @@ def open_onnx(
     facts = read_facts(path, session.get_modelmeta().custom_metadata_map.get(KEY))
     return Opened(facts, lambda images: run_session(session, images))
 
-# %% ../nbs/08_export.ipynb #0cd4db72
+# %% ../nbs/08_export.ipynb #dc5d7bb8
 def open_tflite(
     path: Path,    # a .tflite file
     threads: int,  # to compute with
@@ -258,7 +262,9 @@ def open_tflite(
             name, blank = entry[0], np.zeros(entry[1]["shape"], entry[1]["dtype"])
             runner(**{name: blank})  # the first call prepares what the others use, and says so
     except Exception as error:  # a damaged archive or graph raises whatever its reader stumbles over
-        raise CourseError(f"{path}: LiteRT cannot load it ({type(error).__name__}). Export the network again.") from None
+        raise CourseError(
+            f"{path}: LiteRT cannot load it ({type(error).__name__}). Export the network again."
+        ) from None
 
     def run(images):  # the graph takes one image
         return np.concatenate([runner(**{name: image[None]})[output] for image in images])
@@ -291,7 +297,7 @@ def evaluate_exported(
     true = p[np.arange(len(truth)), truth].astype(np.float64).clip(1e-12)
     return {"accuracy": float((p.argmax(1) == truth).mean()), "loss": float(-np.log(true).mean()), "images": len(truth)}
 
-# %% ../nbs/08_export.ipynb #9e51dd3f
+# %% ../nbs/08_export.ipynb #a1a644e1
 LIMITS = {"difference": 1e-4, "agreement": 0.985}  # of float files, of INT8 files
 
 
@@ -311,10 +317,13 @@ def parity(
 ) -> Parity:
     "Compare a file with the network, image by image."
     if network.shape != file.shape:
-        raise CourseError(f"probabilities of shapes {network.shape} and {file.shape}: must be of the same images and classes.")
+        raise CourseError(
+            f"probabilities of shapes {network.shape} and {file.shape}: must be of the same images and classes."
+        )
     truth, before, after = labels.numpy(), network.argmax(1), file.argmax(1)
     difference = np.abs(network.astype(np.float64) - file).max()
-    return Parity(*(float(value) for value in (difference, (before == after).mean(), (after == truth).mean(), (before == truth).mean())))
+    shares = (same.mean() for same in (before == after, after == truth, before == truth))
+    return Parity(float(difference), *map(float, shares))
 
 
 def demand_parity(
@@ -327,7 +336,9 @@ def demand_parity(
     if not holds:
         words = (f"a probability is off by {found.difference:.2g}, allowed are {LIMITS['difference']:g}" if exact else
                  f"only {found.agreement:.2%} of the answers are the same, {LIMITS['agreement']:.1%} are asked for")
-        raise CourseError(f"{format}: the exported file does not answer as the network does ({words}). It was not kept.")
+        raise CourseError(
+            f"{format}: the exported file does not answer as the network does ({words}). It was not kept."
+        )
 
 # %% ../nbs/08_export.ipynb #40b21a09
 FORMATS = {"pt2": "model.pt2", "onnx": "model.onnx", "onnx-int8": "model.int8.onnx",
@@ -365,7 +376,7 @@ def export_probabilities(
     "Write an ONNX graph whose output is called what it is."
     return export_onnx(model, example, path, metadata, output="probabilities")
 
-# %% ../nbs/08_export.ipynb #956d8379
+# %% ../nbs/08_export.ipynb #dbda5276
 @dataclass
 class Exported:
     "A file that has been written and has passed."
@@ -411,6 +422,8 @@ def temporary_folder(
         Path(folder).mkdir(parents=True, exist_ok=True)
         scratch = TemporaryDirectory(dir=folder, prefix=".")
     except OSError as error:
-        raise CourseError(f"{folder}: cannot be written ({error.strerror}). Choose a folder that you may write to.") from None
+        raise CourseError(
+            f"{folder}: cannot be written ({error.strerror}). Choose a folder that you may write to."
+        ) from None
     with scratch as name:
         yield Path(name)

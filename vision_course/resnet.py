@@ -114,13 +114,13 @@ class ShortBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (batch, channels, h, w) -> the same shape
         return x + F.relu(self.norm(self.conv(x)))
 
-# %% ../nbs/03_resnet.ipynb #f852c004
+# %% ../nbs/03_resnet.ipynb #abd5db30
 def whitening_filters(
     images: Tensor,  # float (images, 3, h, w), normalised
     size: int = 2,   # height and width of the filters
     stride: int = 1, # from one patch to the next, pixels
 ) -> Tensor:         # (6 · size², 3, size, size), the strongest direction first, and in the second half again
-    "Filters whose answers to these images are uncorrelated and equally strong, and the same filters with the sign turned."
+    "Filters whose answers to these images are uncorrelated and equally strong, and the same with the sign turned."
     patches = F.unfold(images, size, stride=stride).transpose(1, 2).flatten(0, 1)  # (patches, 3 · size²)
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
     filters = (vectors / (values + 5e-4).sqrt()).T.flip(0).view(-1, 3, size, size)
@@ -137,13 +137,13 @@ def coarse_stem(
         model.stem[0] = nn.Conv2d(3, 24, 2 * stride, stride)
     return model
 
-# %% ../nbs/03_resnet.ipynb #1d5b2536
+# %% ../nbs/03_resnet.ipynb #8ec93792
 @torch.no_grad()
 def start_well(
     model: nn.Module,  # a `ResNet`, untrained
     images: Tensor,    # uint8 (images, 3, h, w), from the training split
 ) -> nn.Module:        # the same
-    "Whiten in the stem, for good; let every other convolution begin by passing its input on, and the head by saying little."
+    "Whiten in the stem, for good; let all other convolutions begin by passing on, and the head by saying little."
     stem, (size, _) = model.stem[0], model.stem[0].kernel_size
     some = model.normalise(images[: 20_000 // size**2] / 255)  # of larger patches fewer will do
     filters = whitening_filters(some, size, stem.stride[0]).unflatten(0, (2, -1))
@@ -183,12 +183,12 @@ def resnet_recipe(
         label_smoothing=0.2, weight_decay=0.24, lookahead=5, augment="alternate+crop",
     )
 
-# %% ../nbs/03_resnet.ipynb #20de6783
+# %% ../nbs/03_resnet.ipynb #a0e91d94
 def network_rows(
     model: nn.Module,  # takes images in [0, 1]
     image_size: int,   # height and width of the images, pixels
-) -> tuple[list, list]:  # rows [name, shape without the batch, parameters, multiplications]; (first, last) rows of each shortcut
-    "Trace what a network does to one image, layer by layer."
+) -> tuple[list, list]:  # a row for each layer; for each shortcut the numbers of its first and last row
+    "Trace what a network does to one image, in rows of [name, shape without the batch, parameters, multiplications]."
     rows, skips, begun = [["image", (3, image_size, image_size), 0, 0]], [], []
 
     def before(module, inputs):

@@ -28,7 +28,7 @@ from .resnet import ResNet, ShortBlock, start_well
 from .train import Recipe, Trained, evaluating, load_or_train, predict
 from .weights import fetch_weights, load_backbone, load_weights
 
-# %% ../nbs/04_transfer_learning.ipynb #11b6eec9
+# %% ../nbs/04_transfer_learning.ipynb #f28bbf92
 PHOTO_MEAN, PHOTO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which these were trained on
 CUTS = {  # where the stages begin and end in a torchvision network's list of layers; the stem stands before them
     "resnet18": (4, 5, 6, 7, 8), "resnet50": (4, 5, 6, 7, 8),
@@ -50,7 +50,8 @@ class Adopted(nn.Module):
         for module in network.modules():
             module.inplace = False
         layers = list(network.features if hasattr(network, "features") else network.children())
-        self.normalise = nn.Sequential(nn.Upsample(size=(size, size), mode="bilinear"), Normalise(PHOTO_MEAN, PHOTO_STD))
+        enlarge = nn.Upsample(size=(size, size), mode="bilinear")
+        self.normalise = nn.Sequential(enlarge, Normalise(PHOTO_MEAN, PHOTO_STD))
         self.stem = nn.Sequential(*layers[: cuts[0]])
         self.stages = nn.Sequential(*(nn.Sequential(*layers[a:b]) for a, b in zip(cuts, cuts[1:])))
         channels = [module for module in network.modules() if isinstance(module, nn.Linear)][-1].in_features
