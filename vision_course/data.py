@@ -208,7 +208,7 @@ def alternating_flip(
     sides = getattr(generator, "sides", None)
     return random_flip(images, generator) if sides is None else mirror(images, sides)
 
-# %% ../nbs/01_data.ipynb #432f6a89
+# %% ../nbs/01_data.ipynb #75760100
 def windows(
     pixels: Tensor,  # (images, height, width, channels), contiguous
     size: int,       # height and width of a window, pixels
@@ -228,8 +228,9 @@ def random_crop(
     padding = size // 8 if padding is None else padding
     top, left = places(generator, count, 2 * padding + 1), places(generator, count, 2 * padding + 1)
     padded = reflect(pixels_last(images), padding)
-    picked = windows(padded, size)[torch.arange(count, device=images.device), top, left]
-    return channels_first(picked.unflatten(2, (size, -1)))  # it was (images, size, size · channels)
+    every = torch.arange(count, device=images.device)
+    picked = windows(padded, size)[every, top, left]  # (images, size, size · channels)
+    return channels_first(picked.unflatten(2, (size, -1)))
 
 # %% ../nbs/01_data.ipynb #124103fa
 def cutout(
