@@ -78,12 +78,12 @@ def channel_statistics(
 def _by_channel(x):  # whole numbers up to 255² in columns of 256 stay exact in float32
     return x.sum(1).double().sum(0).view(-1, 3).sum(0)
 
-# %% ../nbs/01_data.ipynb #f527f8b8
+# %% ../nbs/01_data.ipynb #5e3611bd
 def thumbnails(
     images: Tensor,  # uint8 (images, 3, height, width)
 ) -> Tensor:         # float32 (images, 64), rows of mean 0 and length 1
     "Shrink each image to 8×8 grey pixels without brightness and contrast."
-    shares = lambda n: F.adaptive_avg_pool1d(torch.eye(n)[None], 8)[0]  # (n, 8): what each of n pixels gives to each of 8
+    shares = lambda n: F.adaptive_avg_pool1d(torch.eye(n)[None], 8)[0]  # (n, 8): what n pixels give to each of 8
     rows, columns = (shares(n) for n in images.shape[2:])
     columns = columns.repeat_interleave(3, 0) / 3  # (width · 3, 8): averages columns and channels at once
     small = [rows.T @ (pixels_last(chunk).flatten(2).float() @ columns) for chunk in images.split(512)]
