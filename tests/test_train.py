@@ -1,10 +1,12 @@
 """Trainings that are killed, split over processes, or go wrong."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ from vision_course.core import CourseError
 from vision_course.data import Dataset, Split
 from vision_course.resnet import resnet_recipe
 from vision_course.train import (
-    Recipe, Trainer, evaluate, fit, load_checkpoint, load_or_train, pretrained_path, save_checkpoint, training_key,
+    Recipe, Trainer, evaluate, fit, load_checkpoint, load_or_train, load_or_train_all, pretrained_path, save_checkpoint,
+    share_cores, training_key,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -255,6 +258,62 @@ def test_weights_that_come_with_the_project_stand_for_the_same_training_only(tmp
     target.write_bytes(target.read_bytes()[:-5])
     with pytest.raises(CourseError, match="noise-net-seed0.safetensors: (truncated|does not match)"):
         load_or_train(linear, data, recipe)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_cores_are_shared():
+    shares = {(trainings, cores): share_cores(trainings, cores)
+              for trainings, cores in ((1, 2), (2, 1), (45, 2), (3, 8), (45, 8), (45, 16), (45, 3))}
+    assert shares == {(1, 2): (1, 2), (2, 1): (1, 1), (45, 2): (2, 1), (3, 8): (3, 2), (45, 8): (4, 2), (45, 16): (4, 4),
+                      (45, 3): (3, 1)}
+
+
+def test_trainings_side_by_side_end_as_in_turn(tmp_path, monkeypatch, two_threads):
+    monkeypatch.setenv("VISION_COURSE_DEVICE", "cpu")
+    factor = 3 * 256  # a network that is made by a function of this file, with a variable of its own
+    build = lambda dataset: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.1), torch.nn.Linear(factor, 2))
+    recipe, data = Recipe("net", 2, 64, learning_rate=0.01), small_dataset()
+    wanted = {"low": [(build, data, recipe, s) for s in (0, 1)], "high": [(build, data, replace(recipe, name="high", learning_rate=0.1), 0)]}
+    monkeypatch.setenv("VISION_COURSE_OUTPUTS", str(tmp_path / "aside"))
+    aside = load_or_train_all(wanted)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert len(files) == 3
+    again = load_or_train_all(wanted)  # from the checkpoints
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    monkeypatch.setenv("VISION_COURSE_OUTPUTS", str(tmp_path / "in-turn"))
+    torch.set_num_threads(1)
+    in_turn = load_or_train_all(wanted)
+    assert [len(runs) for runs in aside.values()] == [2, 1] and list(aside) == list(in_turn) == ["low", "high"]
+    for name in wanted:
+        for runs in zip(aside[name], again[name], in_turn[name]):
+            weights = [run.model.state_dict() for run in runs]
+            assert all(torch.equal(weights[0][k], w[k]) for w in weights for k in w)
+            scores = [run.history[["train_loss", "valid_loss", "valid_accuracy"]].to_numpy().tolist() for run in runs]
+            assert scores[0] == scores[1] == scores[2]
+
+
+def test_a_training_side_by_side_that_fails_says_why(tmp_path, monkeypatch, two_threads):
+    monkeypatch.setenv("VISION_COURSE_DEVICE", "cpu")
+    monkeypatch.setenv("VISION_COURSE_OUTPUTS", str(tmp_path))
+    explodes = Recipe("net", 2, 64, learning_rate=1e30)
+    with pytest.raises(CourseError, match="net: the loss is .* Lower the learning rate"):
+        load_or_train_all({"both": [(linear, small_dataset(), explodes, s) for s in (0, 1)]})
+
+    def killed(dataset):
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return linear(dataset)
+
+    parent = os.getpid()
+    with pytest.raises(CourseError, match="a training was ended from outside"):
+        load_or_train_all({"both": [(killed, small_dataset(), Recipe("other", 1, 64), s) for s in (0, 1)]})
 
 
 @pytest.mark.skipif(not (ROOT / "data" / "cifar-10-batches-py").exists(), reason="data/ has no CIFAR-10")

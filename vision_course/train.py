@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['MIXINGS', 'Recipe', 'small_cnn_recipe', 'seeds_for', 'predict', 'evaluating', 'evaluate', 'mix_batch',
            'make_accelerator', 'Trainer', 'show_progress', 'demand_finite', 'save_state', 'load_state', 'fit',
-           'training_key', 'Trained', 'save_checkpoint', 'load_checkpoint', 'pretrained_path', 'made_by',
-           'load_or_train', 'train_and_describe', 'RateSearch', 'find_learning_rate', 'losses_at', 'endless',
-           'smoothed', 'shifted_views', 'predict_augmented']
+           'training_key', 'Trained', 'save_checkpoint', 'load_checkpoint', 'pretrained_path', 'made_by', 'untrained',
+           'checkpoint_path', 'find_checkpoint', 'load_or_train', 'train_and_describe', 'share_cores', 'train_aside',
+           'load_or_train_all', 'side_by_side', 'RateSearch', 'find_learning_rate', 'losses_at', 'endless', 'smoothed',
+           'shifted_views', 'predict_augmented']
 
-# %% ../nbs/lib/train.ipynb #55d4faa0
+# %% ../nbs/lib/train.ipynb #8b5a58f4
 import copy
 import math
 import os
@@ -17,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from io import BytesIO
 from itertools import count
@@ -430,7 +431,39 @@ def made_by(
     beside = path.with_suffix(".json")
     return path.exists() and beside.exists() and load_json(beside).get("key") == key
 
-# %% ../nbs/lib/train.ipynb #4dca8e4b
+# %% ../nbs/lib/train.ipynb #59c5b8f2
+def untrained(
+    build: Callable[[Dataset], nn.Module],  # makes the network
+    dataset: Dataset,                       # what it is made for
+    seed: int,                              # its first weights
+) -> nn.Module:                             # the same weights for the same seed
+    "Make a network, and leave PyTorch's random numbers as they were."
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        return build(dataset)
+
+
+def checkpoint_path(
+    dataset: Dataset,  # what is trained on
+    recipe: Recipe,    # its name is the checkpoint's
+    seed: int,         # of the training
+) -> Path:             # "<recipe>-seed<seed>.safetensors" in the outputs of the data set; may not be there
+    "Where the result of a training is kept."
+    return output_folder(dataset.name) / "checkpoints" / f"{recipe.name}-seed{seed}.safetensors"
+
+
+def find_checkpoint(
+    model: nn.Module,  # untrained
+    dataset: Dataset,  # what it would be trained on
+    recipe: Recipe,    # how
+    seed: int,         # with which random numbers
+) -> Path | None:      # of this very training; None if nobody has made it
+    "Look for the result of a training in the outputs, and among the weights that come with the project."
+    key = training_key(model, dataset, recipe, seed)
+    places = checkpoint_path(dataset, recipe, seed), pretrained_path(dataset.name, recipe.name, seed)
+    return next((path for path in places if made_by(path, key)), None)
+
+# %% ../nbs/lib/train.ipynb #333e0257
 def load_or_train(
     build: Callable[[Dataset], nn.Module],  # makes the untrained network, such as `small_cnn`
     dataset: Dataset,                       # what to train on
@@ -439,13 +472,11 @@ def load_or_train(
     tracker: str | None = None,             # "tensorboard" or another tracker of accelerate
 ) -> Trained:                               # on the device that `pick_device` gives, in eval mode
     "Give the network that this recipe makes of this data set: from its checkpoint, or trained now."
-    path = output_folder(dataset.name) / "checkpoints" / f"{recipe.name}-seed{seed}.safetensors"
+    path = checkpoint_path(dataset, recipe, seed)
     first = int(os.environ.get("RANK", 0)) == 0  # of several processes only the first locks and writes
-    with locked(path) if first else nullcontext(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        model = build(dataset)
-        key = training_key(model, dataset, recipe, seed)
-        found = next((file for file in (path, pretrained_path(dataset.name, recipe.name, seed)) if made_by(file, key)), None)
+    with locked(path) if first else nullcontext():
+        model = untrained(build, dataset, seed)
+        found = find_checkpoint(model, dataset, recipe, seed)
         if found:
             info = load_checkpoint(found, model)
             model.to(pick_device(), memory_format=torch.channels_last)
@@ -457,7 +488,6 @@ def load_or_train(
                 save_checkpoint(path, model, info)
                 path.with_suffix(".state").unlink(missing_ok=True)
     return Trained(model.eval(), pd.DataFrame(info["history"]), info)
-
 
 # %% ../nbs/lib/train.ipynb #59cf73cf
 def train_and_describe(
@@ -478,6 +508,60 @@ def train_and_describe(
         "best_epoch": int(best.epoch), "seconds": history.seconds.sum(),
         "history": history.to_dict("records"), "provenance": provenance(),
     }
+
+# %% ../nbs/lib/train.ipynb #c82695f1
+def share_cores(
+    trainings: int,  # that do not wait for one another
+    cores: int,      # of this machine
+) -> tuple[int, int]:  # processes, at most 4, since each may take a gigabyte; threads of each
+    "Divide the cores of a machine among trainings."
+    processes = max(1, min(trainings, cores, 4))
+    return processes, max(1, cores // processes)
+
+
+def train_aside(
+    settings: dict[str, str],  # environment of the process that asks
+    threads: int,              # how many cores to use
+    training: tuple,           # build, dataset, recipe and seed
+) -> None:
+    "Train in a process of its own, and leave the result in the checkpoint."
+    os.environ.update(settings)
+    torch.set_num_threads(threads)
+    load_or_train(*training)
+
+# %% ../nbs/lib/train.ipynb #ef259eb2
+def load_or_train_all(
+    trainings: dict[str, list[tuple]],  # by name; each is (build, dataset, recipe, seed) as `load_or_train` takes them
+) -> dict[str, list[Trained]]:          # by the same names, in the same order
+    "Many small trainings that do not wait for one another: on a CPU side by side, otherwise in turn."
+    every = [training for several in trainings.values() for training in several]
+    processes, threads = share_cores(len(every), torch.get_num_threads())
+    if pick_device().type == "cpu" and processes > 1 and "RANK" not in os.environ:
+        missing = [(build, replace(dataset, test=None), recipe, seed) for build, dataset, recipe, seed in every
+                   if not find_checkpoint(untrained(build, dataset, seed), dataset, recipe, seed)]
+        if missing:
+            side_by_side(missing, processes, threads)
+    return {name: [load_or_train(*training) for training in several] for name, several in trainings.items()}
+
+
+def side_by_side(
+    trainings: list[tuple],  # build, dataset, recipe and seed of each
+    processes: int,          # how many at a time
+    threads: int,            # of each process
+) -> None:
+    "Train in several processes, and show a bar that counts trainings."
+    from joblib import Parallel, delayed
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+    settings = {name: value for name, value in os.environ.items() if name.startswith("VISION_COURSE_")}
+    jobs = [delayed(train_aside)({**settings, "VISION_COURSE_QUIET": "1"}, threads, training) for training in trainings]
+    try:
+        done = Parallel(processes, return_as="generator_unordered")(jobs)
+        for _ in progress(done, total=len(jobs), description=f"{len(jobs)} trainings"):
+            pass
+    except TerminatedWorkerError:
+        raise CourseError("a training was ended from outside, most likely because memory ran out. Close other programs"
+                          " and run this again: what was trained is kept.") from None
 
 # %% ../nbs/lib/train.ipynb #5a07b57c
 class RateSearch(NamedTuple):
