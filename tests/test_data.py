@@ -17,8 +17,8 @@ from PIL import Image
 
 from vision_course.batches import Batches
 from vision_course.core import CourseError
-from vision_course.data import augmentation, channel_statistics, load, near_duplicates, shapes_dataset
-from vision_course.splits import image_hashes
+from vision_course.data import Dataset, augmentation, channel_statistics, load, near_duplicates, shapes_dataset
+from vision_course.splits import Split, image_hashes
 
 ROOT = Path(__file__).parent.parent
 CIFAR = ROOT / "data" / "cifar-10-batches-py"
@@ -380,6 +380,25 @@ def test_shapes_and_their_shortcut():
     assert torch.equal(plain.test.images, tagged.test.images) and torch.equal(plain.valid.images, tagged.valid.images)
     assert tagged.train.tags.any((1, 2)).all() and not plain.train.tags.any() and not tagged.test.tags.any()
     assert plain.notes["near_duplicates"] <= 5
+
+
+def test_a_study_of_many_classes_takes_few_and_numbers_them_anew():
+    def split(each):  # an image's first byte is its class
+        labels = torch.arange(50).repeat(each)
+        return Split(labels.byte()[:, None, None, None].expand(-1, 3, 16, 16).contiguous(), labels)
+
+    names = tuple(f"class {k}" for k in range(50))
+    data = Dataset("many", names, split(40), split(8), split(2), (0.5,) * 3, (0.2,) * 3, "many")
+    part = data.study(200, 60, seed=3)
+    assert len(part.classes) == 20 and {"class 0", "class 49"} <= set(part.classes) and part.test is None
+    for some, count in ((part.train, 200), (part.valid, 60)):
+        assert some.labels.bincount().tolist() == [count // 20] * 20
+        assert [part.classes[k] for k in some.labels] == [f"class {k}" for k in some.images[:, 0, 0, 0].tolist()]
+    marks = {data.study(*wanted).fingerprint for wanted in ((200, 60, 3), (200, 60, 4), (100, 60, 3), (200, 60, 3, 10))}
+    assert len(marks) == 4 and part.fingerprint in marks and data.fingerprint not in marks
+    few, whole = data.study(100, 60, 3, classes=50), data.smaller(100, 3)
+    assert few.fingerprint == whole.fingerprint and few.classes == names
+    assert torch.equal(few.train.images, whole.train.images) and torch.equal(few.train.labels, whole.train.labels)
 
 
 def test_planted_near_duplicates_are_found_and_nothing_else():

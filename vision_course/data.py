@@ -29,7 +29,7 @@ from .readers import channels_first, find_source, memory_limit
 from .shapes import CLASSES, render
 from .splits import Split, arrange, image_hashes, make_sides, stratified_rows
 
-# %% ../nbs/01_data.ipynb #a52fb4d3
+# %% ../nbs/01_data.ipynb #212cb102
 @dataclass
 class Dataset:
     "Three splits of one data set, and what was measured on the training split."
@@ -54,6 +54,21 @@ class Dataset:
         rows = stratified_rows(self.train.labels, count, seed)
         digest = hashlib.blake2b(self.fingerprint.encode() + rows.numpy().tobytes(), digest_size=8).hexdigest()
         return replace(self, train=self.train.subset(rows), fingerprint=digest)
+
+    def study(self, train: int, valid: int, seed: int = 0, classes: int = 20) -> "Dataset":
+        "At most so many training and validation images and classes, and no test split: for trainings that must be cheap."
+        kept = torch.linspace(0, len(self.classes) - 1, min(classes, len(self.classes))).round().long()
+        number = torch.full((len(self.classes),), -1).index_put((kept,), torch.arange(len(kept)))  # -1: left out
+
+        def some(split, count):
+            among = (number[split.labels] >= 0).nonzero()[:, 0]
+            rows = among[stratified_rows(split.labels[among], count, seed)]
+            return rows, replace(split.subset(rows), labels=number[split.labels[rows]])
+
+        (rows, learn), (_, choose) = some(self.train, train), some(self.valid, valid)
+        digest = hashlib.blake2b(self.fingerprint.encode() + rows.numpy().tobytes(), digest_size=8).hexdigest()
+        names = tuple(self.classes[k] for k in kept)
+        return replace(self, classes=names, train=learn, valid=choose, test=None, fingerprint=digest)
 
     def open_test(self) -> Split:
         "The test split. A chapter calls this in one place, at its end."

@@ -137,7 +137,7 @@ def coarse_stem(
         model.stem[0] = nn.Conv2d(3, 24, 2 * stride, stride)
     return model
 
-# %% ../nbs/03_resnet.ipynb #65a117a3
+# %% ../nbs/03_resnet.ipynb #8ec93792
 @torch.no_grad()
 def start_well(
     model: nn.Module,  # a `ResNet`, untrained
@@ -165,7 +165,7 @@ def resnet(
     dataset: Dataset,  # gives classes, mean, std and the number of training images
 ) -> ResNet:           # untrained
     "The residual network, made to measure for a data set: narrower where there are few images to learn from."
-    widths = (32, 64, 192) if len(dataset.train) < 20_000 else (96, 288, 320)
+    widths = (32, 128, 128) if len(dataset.train) < 20_000 else (96, 288, 320)
     model = ResNet(len(dataset.classes), dataset.mean, dataset.std, widths, block=ShortBlock)
     return start_well(coarse_stem(model, dataset.image_size), dataset.train.images[:5000])
 
