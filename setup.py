@@ -4,7 +4,7 @@ import shlex
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import setup
 
 config = ConfigParser(delimiters=["="])
 config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
@@ -27,8 +27,9 @@ setup(
     license="MIT",
     keywords=settings["keywords"].split(),
     classifiers=["Framework :: Jupyter", "Intended Audience :: Education", "Programming Language :: Python :: 3"],
-    packages=find_packages(include=["vision_course", "vision_course.*"]),
-    package_data={"vision_course": ["assets/*"]},
+    packages=["vision_course", "vision_course.assets"],
+    package_dir={"": "."},
+    package_data={"vision_course.assets": ["*"]},
     python_requires=">=" + settings["min_python"],
     install_requires=shlex.split(settings["requirements"]),
     extras_require=extras,

@@ -390,14 +390,14 @@ def test_a_study_of_many_classes_takes_few_and_numbers_them_anew():
     names = tuple(f"class {k}" for k in range(50))
     data = Dataset("many", names, split(40), split(8), split(2), (0.5,) * 3, (0.2,) * 3, "many")
     part = data.study(200, 60, seed=3)
-    assert len(part.classes) == 20 and {"class 0", "class 49"} <= set(part.classes) and part.test is None
-    for some, count in ((part.train, 200), (part.valid, 60)):
+    assert len(part.classes) == 20 and {"class 0", "class 49"} <= set(part.classes)
+    for some, count in ((part.train, 200), (part.valid, 60), (part.test, 40)):
         assert some.labels.bincount().tolist() == [count // 20] * 20
         assert [part.classes[k] for k in some.labels] == [f"class {k}" for k in some.images[:, 0, 0, 0].tolist()]
     marks = {data.study(*wanted).fingerprint for wanted in ((200, 60, 3), (200, 60, 4), (100, 60, 3), (200, 60, 3, 10))}
     assert len(marks) == 4 and part.fingerprint in marks and data.fingerprint not in marks
     few, whole = data.study(100, 60, 3, classes=50), data.smaller(100, 3)
-    assert few.fingerprint == whole.fingerprint and few.classes == names
+    assert few.fingerprint == whole.fingerprint and few.classes == names and few.test is data.test
     assert torch.equal(few.train.images, whole.train.images) and torch.equal(few.train.labels, whole.train.labels)
 
 

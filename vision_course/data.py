@@ -29,7 +29,7 @@ from .readers import channels_first, find_source, memory_limit
 from .shapes import CLASSES, render
 from .splits import Split, arrange, image_hashes, make_sides, stratified_rows
 
-# %% ../nbs/01_data.ipynb #212cb102
+# %% ../nbs/01_data.ipynb #ca2f3d16
 @dataclass
 class Dataset:
     "Three splits of one data set, and what was measured on the training split."
@@ -56,7 +56,7 @@ class Dataset:
         return replace(self, train=self.train.subset(rows), fingerprint=digest)
 
     def study(self, train: int, valid: int, seed: int = 0, classes: int = 20) -> "Dataset":
-        "At most so many training and validation images and classes, and no test split: for trainings that must be cheap."
+        "At most so many training and validation images and classes: for trainings that must be cheap."
         kept = torch.linspace(0, len(self.classes) - 1, min(classes, len(self.classes))).round().long()
         number = torch.full((len(self.classes),), -1).index_put((kept,), torch.arange(len(kept)))  # -1: left out
 
@@ -67,8 +67,9 @@ class Dataset:
 
         (rows, learn), (_, choose) = some(self.train, train), some(self.valid, valid)
         digest = hashlib.blake2b(self.fingerprint.encode() + rows.numpy().tobytes(), digest_size=8).hexdigest()
+        test = self.test if len(kept) == len(self.classes) else some(self.test, len(self.test))[1]
         names = tuple(self.classes[k] for k in kept)
-        return replace(self, classes=names, train=learn, valid=choose, test=None, fingerprint=digest)
+        return replace(self, classes=names, train=learn, valid=choose, test=test, fingerprint=digest)
 
     def open_test(self) -> Split:
         "The test split. A chapter calls this in one place, at its end."
