@@ -269,10 +269,11 @@ def two_threads():
 
 
 def test_cores_are_shared():
-    shares = {(trainings, cores): share_cores(trainings, cores)
-              for trainings, cores in ((1, 2), (2, 1), (45, 2), (3, 8), (45, 8), (45, 16), (45, 3))}
-    assert shares == {(1, 2): (1, 2), (2, 1): (1, 1), (45, 2): (2, 1), (3, 8): (3, 2), (45, 8): (4, 2), (45, 16): (4, 4),
-                      (45, 3): (3, 1)}
+    large = 64_000_000_000
+    shares = {given: share_cores(*given) for given in (
+        (1, 2, large), (2, 1, large), (45, 2, large), (3, 8, large), (45, 8, large), (45, 16, large), (45, 3, large),
+        (45, 8, 8_000_000_000), (45, 8, 2_000_000_000))}
+    assert list(shares.values()) == [(1, 2), (1, 1), (2, 1), (3, 2), (4, 2), (4, 4), (3, 1), (2, 4), (1, 8)]
 
 
 def test_trainings_side_by_side_end_as_in_turn(tmp_path, monkeypatch, two_threads):

@@ -29,7 +29,7 @@ from .readers import channels_first, find_source, memory_limit
 from .shapes import CLASSES, render
 from .splits import Split, arrange, image_hashes, make_sides, stratified_rows
 
-# %% ../nbs/01_data.ipynb #ca2f3d16
+# %% ../nbs/01_data.ipynb #8a182a8d
 @dataclass
 class Dataset:
     "Three splits of one data set, and what was measured on the training split."
@@ -49,14 +49,17 @@ class Dataset:
         "Height and width of the images, pixels."
         return self.train.images.shape[-1]
 
+    def mark(self, rows: Tensor) -> str:
+        "The fingerprint of these rows of the training split."
+        return hashlib.blake2b(self.fingerprint.encode() + rows.numpy().tobytes(), digest_size=8).hexdigest()
+
     def smaller(self, count: int, seed: int = 0) -> "Dataset":
         "The same data set with so many training images, as many of each class as the whole has in proportion."
         rows = stratified_rows(self.train.labels, count, seed)
-        digest = hashlib.blake2b(self.fingerprint.encode() + rows.numpy().tobytes(), digest_size=8).hexdigest()
-        return replace(self, train=self.train.subset(rows), fingerprint=digest)
+        return replace(self, train=self.train.subset(rows), fingerprint=self.mark(rows))
 
     def study(self, train: int, valid: int, seed: int = 0, classes: int = 20) -> "Dataset":
-        "At most so many training and validation images and classes: for trainings that must be cheap."
+        "At most so many images to train and to validate on, and so many classes, numbered anew: for cheap trainings."
         kept = torch.linspace(0, len(self.classes) - 1, min(classes, len(self.classes))).round().long()
         number = torch.full((len(self.classes),), -1).index_put((kept,), torch.arange(len(kept)))  # -1: left out
 
@@ -66,10 +69,9 @@ class Dataset:
             return rows, replace(split.subset(rows), labels=number[split.labels[rows]])
 
         (rows, learn), (_, choose) = some(self.train, train), some(self.valid, valid)
-        digest = hashlib.blake2b(self.fingerprint.encode() + rows.numpy().tobytes(), digest_size=8).hexdigest()
         test = self.test if len(kept) == len(self.classes) else some(self.test, len(self.test))[1]
         names = tuple(self.classes[k] for k in kept)
-        return replace(self, classes=names, train=learn, valid=choose, test=test, fingerprint=digest)
+        return replace(self, classes=names, train=learn, valid=choose, test=test, fingerprint=self.mark(rows))
 
     def open_test(self) -> Split:
         "The test split. A chapter calls this in one place, at its end."

@@ -10,7 +10,7 @@ __all__ = ['MIXINGS', 'Recipe', 'small_cnn_recipe', 'seeds_for', 'predict', 'eva
            'load_or_train_all', 'side_by_side', 'RateSearch', 'find_learning_rate', 'losses_at', 'endless', 'smoothed',
            'shifted_views', 'predict_augmented']
 
-# %% ../nbs/lib/train.ipynb #8b5a58f4
+# %% ../nbs/lib/train.ipynb #2db17d38
 import copy
 import math
 import os
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+import psutil
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -509,13 +510,14 @@ def train_and_describe(
         "history": history.to_dict("records"), "provenance": provenance(),
     }
 
-# %% ../nbs/lib/train.ipynb #c82695f1
+# %% ../nbs/lib/train.ipynb #ec3d49d2
 def share_cores(
     trainings: int,  # that do not wait for one another
     cores: int,      # of this machine
-) -> tuple[int, int]:  # processes, at most 4, since each may take a gigabyte; threads of each
+    memory: int,     # of this machine, bytes
+) -> tuple[int, int]:  # processes, at most 4 and one for each 3 GB, since each may take 1 GB; threads of each
     "Divide the cores of a machine among trainings."
-    processes = max(1, min(trainings, cores, 4))
+    processes = max(1, min(trainings, cores, 4, memory // 3_000_000_000))
     return processes, max(1, cores // processes)
 
 
@@ -529,13 +531,13 @@ def train_aside(
     torch.set_num_threads(threads)
     load_or_train(*training)
 
-# %% ../nbs/lib/train.ipynb #ef259eb2
+# %% ../nbs/lib/train.ipynb #5eda1aa9
 def load_or_train_all(
     trainings: dict[str, list[tuple]],  # by name; each is (build, dataset, recipe, seed) as `load_or_train` takes them
 ) -> dict[str, list[Trained]]:          # by the same names, in the same order
     "Many small trainings that do not wait for one another: on a CPU side by side, otherwise in turn."
     every = [training for several in trainings.values() for training in several]
-    processes, threads = share_cores(len(every), torch.get_num_threads())
+    processes, threads = share_cores(len(every), torch.get_num_threads(), psutil.virtual_memory().total)
     if pick_device().type == "cpu" and processes > 1 and "RANK" not in os.environ:
         missing = [(build, replace(dataset, test=None), recipe, seed) for build, dataset, recipe, seed in every
                    if not find_checkpoint(untrained(build, dataset, seed), dataset, recipe, seed)]
