@@ -300,6 +300,24 @@ def test_trainings_side_by_side_end_as_in_turn(tmp_path, monkeypatch, two_thread
             assert scores[0] == scores[1] == scores[2]
 
 
+def test_processes_that_train_side_by_side_stay(tmp_path, monkeypatch, two_threads):
+    monkeypatch.setenv("VISION_COURSE_DEVICE", "cpu")
+    monkeypatch.setenv("VISION_COURSE_OUTPUTS", str(tmp_path / "outputs"))
+
+    def greedy(dataset):  # from the second training of a process on half a gigabyte for a moment, which joblib looks for
+        if os.getpid() != parent:
+            (tmp_path / f"{os.getpid()}.pid").touch()
+            if "VISION_COURSE_SECOND" in os.environ:
+                torch.ones(130_000_000)
+                time.sleep(1.1)
+            os.environ["VISION_COURSE_SECOND"] = "yes"
+        return linear(dataset)
+
+    parent = os.getpid()
+    load_or_train_all({"six": [(greedy, small_dataset(), Recipe("net", 1, 64), s) for s in range(6)]})
+    assert len(list(tmp_path.glob("*.pid"))) == 2
+
+
 def test_a_training_side_by_side_that_fails_says_why(tmp_path, monkeypatch, two_threads):
     monkeypatch.setenv("VISION_COURSE_DEVICE", "cpu")
     monkeypatch.setenv("VISION_COURSE_OUTPUTS", str(tmp_path))

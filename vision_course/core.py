@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['project_root', 'data_root', 'run_name', 'output_folder', 'needed', 'save_json', 'load_json', 'seed_everything',
-           'pick_device', 'fast_bfloat16', 'keep_freed_memory', 'provenance', 'device_in_words', 'current_commit',
-           'save_result', 'load_result', 'save_figure', 'figure_saver', 'progress', 'locked']
+           'pick_device', 'fast_bfloat16', 'keep_freed_memory', 'hand_back_memory', 'provenance', 'device_in_words',
+           'current_commit', 'save_result', 'load_result', 'save_figure', 'figure_saver', 'progress', 'locked']
 
 # %% ../nbs/lib/core.ipynb #0f0bfad6
 import ctypes
@@ -143,16 +143,25 @@ def _has_bf16_flag():
     flags = Path("/proc/cpuinfo")
     return flags.exists() and re.search(r"avx512_bf16|amx_bf16", flags.read_text()) is not None
 
-# %% ../nbs/lib/core.ipynb #caee6132
+# %% ../nbs/lib/core.ipynb #88cb54c3
 @cache
 def keep_freed_memory() -> bool:  # True where the C library can be told (glibc)
     "Let memory that was freed wait for the next tensor, and not go back to the system; for the whole process."
+    mallopt, trim_threshold, mmap_max = _of_the_c_library("mallopt"), -1, -4  # of malloc.h
+    return mallopt is not None and all([mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1)])
+
+
+def hand_back_memory() -> bool:  # True where there was any to give (glibc)
+    "Give the system what was freed and kept until now."
+    malloc_trim = _of_the_c_library("malloc_trim")
+    return malloc_trim is not None and bool(malloc_trim(0))
+
+
+def _of_the_c_library(name):
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):  # another C library, or none that can be asked
-        return False
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
-    return all([mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1)])
+        return None
 
 # %% ../nbs/lib/core.ipynb #f1a2bf38
 def provenance() -> dict:  # commit, versions, device, threads, time

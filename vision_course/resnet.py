@@ -137,7 +137,7 @@ def coarse_stem(
         model.stem[0] = nn.Conv2d(3, 24, 2 * stride, stride)
     return model
 
-# %% ../nbs/03_resnet.ipynb #8ec93792
+# %% ../nbs/03_resnet.ipynb #371d1f8a
 @torch.no_grad()
 def start_well(
     model: nn.Module,  # a `ResNet`, untrained
@@ -148,7 +148,8 @@ def start_well(
     some = model.normalise(images[: 20_000 // size**2] / 255)  # of larger patches fewer will do
     filters = whitening_filters(some, size, stem.stride[0]).unflatten(0, (2, -1))
     stem.weight.copy_(filters[:, : stem.out_channels // 2].flatten(0, 1))
-    stem.weight.requires_grad_(False)
+    stem.bias.zero_()
+    stem.requires_grad_(False)
     for module in model.stages.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.dirac_(module.weight[: module.in_channels])
