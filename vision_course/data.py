@@ -26,7 +26,7 @@ from vision_course.augment import (
 from .batches import Batches
 from .core import CourseError, data_root
 from .readers import channels_first, find_source, memory_limit
-from .shapes import CLASSES, render
+from .shapes import CLASSES, rendered
 from .splits import Split, arrange, image_hashes, make_sides, stratified_rows
 
 # %% ../nbs/01_data.ipynb #8a182a8d
@@ -149,7 +149,7 @@ def shapes_dataset(
     "The built-in data set, rendered."
     splits = {}
     for number, (side, count) in enumerate(SIZES.items()):
-        made = render(count, image_size, seed=3 * seed + number, shortcut=shortcut and side == "train")
+        made = rendered(count, image_size, 3 * seed + number, shortcut and side == "train")
         images = made.images.contiguous(memory_format=torch.channels_last)
         splits[side] = Split(images, made.labels, made.masks, made.occluded, made.tags)
     return finish("shapes", CLASSES, splits, {}, seed)

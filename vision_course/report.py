@@ -94,7 +94,7 @@ class ChapterFailed(CourseError):
 
 
 def _run_chapter(path, target, parameters):
-    "Execute one notebook with these parameters; the copy is saved after every cell."
+    "Execute one notebook with these parameters; its copy is written at the end, with the error if a cell fails."
     papermill, nbformat = needed("papermill", "dev"), needed("nbformat", "dev")
     notebook = _checked_copy(path, parameters)
     try:
@@ -104,7 +104,7 @@ def _run_chapter(path, target, parameters):
             nbformat.write(notebook, source)
             papermill.execute_notebook(
                 source, target, parameters, kernel_name="python3", language="python", progress_bar=False,
-                cwd=path.parent, start_timeout=180, kernel_manager_class=_this_python(),
+                cwd=path.parent, start_timeout=180, kernel_manager_class=_this_python(), request_save_on_cell_execute=False,
             )
     except papermill.exceptions.PapermillExecutionError as error:
         words = f"{error.ename}: {error.evalue}"

@@ -177,10 +177,10 @@ def resnet_recipe(
 ) -> Recipe:
     "How the course trains the residual network."
     many = len(dataset.train) >= 20_000
-    known = {"shapes": 6, "cifar10": 12, "fashion_mnist": 8, "tiny_imagenet": 12}
+    known = {"shapes": 3, "cifar10": 12, "fashion_mnist": 8, "tiny_imagenet": 12}
     epochs = epochs or known.get(dataset.name) or min(60, max(8, 300_000 // len(dataset.train)))
     return Recipe(
-        "resnet", epochs, batch_size=1000 if many else 200, optimizer="muon", learning_rate=0.24, schedule="linear",
+        "resnet", epochs, batch_size=1000 if many else 100, optimizer="muon", learning_rate=0.24, schedule="linear",
         label_smoothing=0.2, weight_decay=0.24, lookahead=5, augment="alternate+crop",
     )
 

@@ -6,7 +6,7 @@
 __all__ = ['ARROW', 'CROSS', 'OUTLINES', 'CLASSES', 'CHUNK', 'CELLS', 'TAGS', 'square_root', 'disc_distance', 'polygon_distance',
            'corners_around', 'heart_distance', 'pixel_centres', 'unit_scale', 'shape_distance', 'Chance', 'turned',
            'wave', 'texture', 'coverage', 'blurred', 'shape_layer', 'bar_layer', 'over', 'scene', 'photograph',
-           'plant_tags', 'Shapes', 'render_chunk', 'render']
+           'plant_tags', 'Shapes', 'render_chunk', 'render', 'rendered']
 
 # %% ../nbs/lib/shapes.ipynb #d09fbd72
 import hashlib
@@ -14,12 +14,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from .core import CourseError
+from .core import CourseError, data_root, write_atomic
 
 # %% ../nbs/lib/shapes.ipynb #430a8243
 def square_root(
@@ -357,3 +362,27 @@ def render(
         for field, values in vars(part).items():
             getattr(made, field)[first : first + CHUNK] = values
     return made
+
+# %% ../nbs/lib/shapes.ipynb #5e1a7c02
+def rendered(
+    count: int,      # images, 0 or more
+    size: int,       # pixels along one side, 16 to 224
+    seed: int,       # the same seed gives the same bytes
+    shortcut: bool,  # plant a tag that tells the class
+) -> Shapes:         # of `render`
+    "What `render` makes, from the data folder if it was rendered before."
+    code = Path(find_spec("vision_course.shapes").origin).read_bytes()
+    name = f"shapes-{count}-{size}-{seed}{'-tagged' * shortcut}"
+    file = data_root() / ".cache" / f"{name}-{hashlib.sha256(code).hexdigest()[:12]}.safetensors"
+    try:
+        return Shapes(**load_safetensors(file.read_bytes()))
+    except (OSError, SafetensorError):  # not there, or damaged
+        made = render(count, size, seed, shortcut)
+    try:
+        write_atomic(file, save_safetensors(vars(made)))
+        for old in set(file.parent.glob(f"{name}-????????????.safetensors")) - {file}:
+            old.unlink(missing_ok=True)
+    except CourseError:  # then without
+        pass
+    return made
+

@@ -84,7 +84,7 @@ def small_cnn_recipe(
     epochs: int | None = None, # None: what suits the data set
 ) -> Recipe:
     "How the course trains the small network."
-    known = {"shapes": 8, "cifar10": 30, "fashion_mnist": 12, "tiny_imagenet": 20}
+    known = {"shapes": 6, "cifar10": 30, "fashion_mnist": 12, "tiny_imagenet": 20}
     epochs = epochs or known.get(dataset.name) or min(60, max(8, 300_000 // len(dataset.train)))
     return Recipe("small_cnn", epochs)
 

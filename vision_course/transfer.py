@@ -102,12 +102,13 @@ def features(
     model: nn.Module,       # has a `head`
     split: Split,           # the images
     batch_size: int = 500,  # changes nothing but speed and memory
+    mixed: bool = False,    # compute in mixed precision where the hardware has it
 ) -> Tensor:                # (images, channels) float32, on the CPU, in the order of the split
     "What goes into the head, for each image."
     seen = []
     handle = model.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu()))
     try:
-        predict(model, split, batch_size)
+        predict(model, split, batch_size, mixed)
     finally:
         handle.remove()
     return torch.cat(seen)
