@@ -73,7 +73,7 @@ def main():
                      augment="alternate+reduced_window")
     torch.manual_seed(options.seed)
     network = ResNet(len(data.classes), data.mean, data.std, **BUNDLED)
-    start_well(network, resized(data.train.images[:5000], SIZE))
+    start_well(network, resized(data.train.images[:500], SIZE))
     state = output_folder("tiny_imagenet") / "checkpoints" / "backbone.state"
     history = fit(network, replace(data, valid=small(data.valid)), recipe, options.seed, state)
     score = scores(rounded(network), small(data.open_test()))

@@ -145,7 +145,7 @@ def start_well(
 ) -> nn.Module:        # the same
     "Whiten in the stem, for good; let all other convolutions begin by passing on, and the head by saying little."
     stem, (size, _) = model.stem[0], model.stem[0].kernel_size
-    some = model.normalise(images[: 20_000 // size**2] / 255)  # of larger patches fewer will do
+    some = model.normalise(images[: 2_000 // size**2] / 255)  # half a million patches; of larger ones fewer will do
     filters = whitening_filters(some, size, stem.stride[0]).unflatten(0, (2, -1))
     stem.weight.copy_(filters[:, : stem.out_channels // 2].flatten(0, 1))
     stem.bias.zero_()
@@ -168,7 +168,7 @@ def resnet(
     "The residual network, made to measure for a data set: narrower where there are few images to learn from."
     widths = (32, 128, 128) if len(dataset.train) < 20_000 else (96, 288, 320)
     model = ResNet(len(dataset.classes), dataset.mean, dataset.std, widths, block=ShortBlock)
-    return start_well(coarse_stem(model, dataset.image_size), dataset.train.images[:5000])
+    return start_well(coarse_stem(model, dataset.image_size), dataset.train.images[:500])
 
 # %% ../nbs/03_resnet.ipynb #535a16b8
 def resnet_recipe(

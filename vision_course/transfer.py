@@ -87,7 +87,7 @@ def backbone(
         raise CourseError(f"backbone {name!r}: not known. Choose bundled, {', '.join(CUTS)}.")
     classes = len(dataset.classes)
     if name == "bundled":
-        network, images = ResNet(classes, dataset.mean, dataset.std, **BUNDLED), dataset.train.images[:5000]
+        network, images = ResNet(classes, dataset.mean, dataset.std, **BUNDLED), dataset.train.images[:500]
         start_well(network, resized(images, min(BUNDLED_SIZE, dataset.image_size)))
         if pretrained:
             load_backbone(network, Path(folder or str(files("vision_course") / "assets")))
