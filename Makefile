@@ -26,7 +26,7 @@ lab: $(READY)
 	$(BIN)/jupyter lab nbs
 
 clean:
-	rm -rf outputs/*/checkpoints outputs/*/results outputs/*/figures outputs/*/notebooks outputs/*/report .pytest_cache
+	rm -rf $(foreach made,checkpoints exports figures notebooks report results run.json,outputs/*/$(made)) .pytest_cache
 
 $(READY): settings.ini constraints.txt setup.py
 	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || \
