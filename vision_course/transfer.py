@@ -125,14 +125,18 @@ def linear_probe(
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=500, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    mean = x.mean(0)
+    centred = x - mean
 
     def loss():
         optimizer.zero_grad()
-        value = F.cross_entropy(head(x), labels) + weight_decay / 2 * head.weight.square().sum()
+        value = F.cross_entropy(head(centred), labels) + weight_decay / 2 * head.weight.square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
+    with torch.no_grad():
+        head.bias -= head.weight @ mean
     return head
 
 
