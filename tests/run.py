@@ -5,6 +5,8 @@
 """
 
 import filecmp
+import gc
+import importlib
 import os
 import re
 import shutil
@@ -12,11 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+SLOW = ("torch", "torchvision", "accelerate", "sklearn.linear_model", "pandas", "matplotlib.pyplot", "nbdev.test")  # to import
+FORKS = ("os.fork:RuntimeWarning", "This process:DeprecationWarning")  # of libraries with threads, which survive a fork
 
 
 def run(*words, cwd=ROOT, **more):
@@ -57,25 +61,59 @@ def clean():
     return dirty and f"not clean (run nbdev_clean): {dirty}"
 
 
-def notebook(path, **more):
-    """Every cell of a notebook runs, and its tests hold."""
-    done = run(BIN / "nbdev_test", "--path", path, "--n_workers", 0, "--do_print", **more)
-    return done.returncode and (done.stdout + done.stderr)
+def begin(path, threads):
+    """Start on a notebook, as `nbdev_test` does, in a copy of this process; the copy's number, and where its output goes."""
+    import torch
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+
+    log = tempfile.TemporaryFile("w+")
+    sys.stdout.flush()
+    process = os.fork()
+    if process:
+        return process, log
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    passed, _ = test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT)
+    sys.exit(not passed)
 
 
-def report(name, check):
-    start = time.perf_counter()
-    problem = check()
-    print(f"{'FAILED' if problem else 'ok':7}{time.perf_counter() - start:6.1f} s  {name}", flush=True)
+def run_notebooks(paths, at_once, threads=None):
+    """Every cell of each notebook runs, and its tests hold: True or False for each."""
+    waiting, running, results = list(paths), {}, []
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            path = waiting.pop(0)
+            start = time.perf_counter()
+            process, log = begin(path, threads)
+            running[process] = path, log, start
+        process, status = os.wait()
+        path, log, start = running.pop(process)
+        log.seek(0)
+        problem = status and f"ended with status {os.waitstatus_to_exitcode(status)}\n{log.read()}"
+        results.append(report(path.relative_to(ROOT), problem, time.perf_counter() - start))
+    return results
+
+
+def report(name, problem, seconds):
+    print(f"{'FAILED' if problem else 'ok':7}{seconds:6.1f} s  {name}", flush=True)
     if problem:
         print(problem, flush=True)
     return not problem
 
 
+def timed(name, check):
+    start = time.perf_counter()
+    problem = check()
+    return report(name, problem, time.perf_counter() - start)
+
+
 def pytest_counts():
     """Run pytest, showing what it prints, and read its last line."""
-    forks = ("ignore:os.fork:RuntimeWarning", "ignore:This process:DeprecationWarning")  # a DataLoader's workers, from Python 3.12
-    words = ["-q", "-n", "2", "-p", "no:anyio", *(word for rule in forks for word in ("-W", rule)), "--durations=10", "tests"]
+    words = ["-q", "-n", "2", "-p", "no:anyio", *(word for rule in FORKS for word in ("-W", f"ignore:{rule}")), "--durations=10", "tests"]
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", *words], cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, text=True,
     )
@@ -90,12 +128,16 @@ def pytest_counts():
 
 def main(words):
     chosen = [path for path in notebooks() if not words or any(word in str(path) for word in words)]
-    results = [] if words else [report("exported files", exported), report("clean notebooks", clean)]
+    results = [] if words else [timed("exported files", exported), timed("clean notebooks", clean)]
+    os.environ.update(environment())
+    os.chdir(ROOT)
+    for name in SLOW:  # once, and not in each notebook again
+        importlib.import_module(name)
+    gc.freeze()  # what was imported need not be looked through again
+    warnings.filterwarnings("ignore", message="This process", category=DeprecationWarning)  # of forks, from Python 3.12
     chapters = [path for path in chosen if path.parent.name == "nbs"]  # these train, and need the machine for themselves
-    results += [report(path.relative_to(ROOT), lambda: notebook(path)) for path in chapters]
-    with ThreadPoolExecutor(2) as pool:
-        light = [path for path in chosen if path not in chapters]
-        results += pool.map(lambda path: report(path.relative_to(ROOT), lambda: notebook(path, OMP_NUM_THREADS="1")), light)
+    results += run_notebooks(chapters, at_once=1)
+    results += run_notebooks([path for path in chosen if path not in chapters], at_once=2, threads=1)
     passed, failed, skipped = (0, 0, 0) if words else pytest_counts()
     passed, failed = passed + sum(results), failed + results.count(False)
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))

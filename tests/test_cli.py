@@ -136,7 +136,7 @@ def test_two_processes_train_as_well_as_one(course):
     launch = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port", "0")
     scores = []
     for launcher in ((), launch):
-        done = course("train", "small_cnn", "--epochs", 4, launcher=launcher)
+        done = course("train", "small_cnn", "--epochs", 3, launcher=launcher)
         assert done.returncode == 0, done.stderr
         weights = next(course.outputs.rglob("small_cnn-seed0.safetensors"))
         shown = course("evaluate", weights, "--split", "test").stdout

@@ -52,7 +52,7 @@ def test_killed_training_ends_as_one_never_killed(course, photos):
             kills += 1
         if checkpoint(course.outputs):
             break
-        if kills == 4:
+        if kills == 3:
             assert course(*words).returncode == 0
             break
     assert kills >= 2
