@@ -356,7 +356,7 @@ def curves(
         ax.set_xticks(places, [f"{value:g}" for value in places])
         ax.minorticks_off()
     elif not log_x and all(value == round(value) for value in places):
-        ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=(1, 2, 5, 10), integer=True))
     for name, x in (marks or {}).items():
         _mark(ax, name, x)
     if [*lines] != [""]:
