@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 SLOW = ("torch", "torchvision", "accelerate", "sklearn.linear_model", "pandas", "matplotlib.pyplot", "nbdev.test")  # to import
-FORKS = ("os.fork:RuntimeWarning", "This process:DeprecationWarning")  # of libraries with threads, which survive a fork
+FORKS = {"os.fork": RuntimeWarning, "This process": DeprecationWarning}  # warnings of libraries with threads, which survive a fork
 
 
 def run(*words, cwd=ROOT, **more):
@@ -62,7 +62,7 @@ def clean():
 
 
 def begin(path, threads):
-    """Start on a notebook, as `nbdev_test` does, in a copy of this process; the copy's number, and where its output goes."""
+    """Start on a notebook, as `nbdev_test` does, in a copy of this process; its number, and the file of what it prints."""
     import torch
     from nbdev.config import get_config
     from nbdev.test import test_nb
@@ -113,7 +113,8 @@ def timed(name, check):
 
 def pytest_counts():
     """Run pytest, showing what it prints, and read its last line."""
-    words = ["-q", "-n", "2", "-p", "no:anyio", *(word for rule in FORKS for word in ("-W", f"ignore:{rule}")), "--durations=10", "tests"]
+    quiet = [word for start, kind in FORKS.items() for word in ("-W", f"ignore:{start}:{kind.__name__}")]
+    words = ["-q", "-n", "2", "-p", "no:anyio", *quiet, "--durations=10", "tests"]
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", *words], cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, text=True,
     )
@@ -134,7 +135,8 @@ def main(words):
     for name in SLOW:  # once, and not in each notebook again
         importlib.import_module(name)
     gc.freeze()  # what was imported need not be looked through again
-    warnings.filterwarnings("ignore", message="This process", category=DeprecationWarning)  # of forks, from Python 3.12
+    for start, kind in FORKS.items():
+        warnings.filterwarnings("ignore", start, kind)
     chapters = [path for path in chosen if path.parent.name == "nbs"]  # these train, and need the machine for themselves
     results += run_notebooks(chapters, at_once=1)
     results += run_notebooks([path for path in chosen if path not in chapters], at_once=2, threads=1)
