@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 from PIL import Image
 
 from .core import CourseError
@@ -237,7 +237,7 @@ def _draw_bar(ax, i, row, bar, place):
         ax.plot(mean, i, "|", markersize=9, color=INK, markeredgewidth=1.4, zorder=5)
     words = f"{mean:,.{place}f} ± {deviation:,.{place}f}" if many else f"{mean:,.{place}f}"
     ax.annotate(words, (max(row.max(), mean + deviation), i), xytext=(6 if many or not bar else 4, 0), zorder=6,
-                textcoords="offset points", va="center", fontsize=7.5, path_effects=[withStroke(linewidth=2.5, foreground="white")])
+                textcoords="offset points", va="center", fontsize=7.5, bbox={"fc": "white", "ec": "none", "pad": 0.8})
 
 # %% ../nbs/lib/plots.ipynb #e73311a1
 @styled
@@ -265,6 +265,9 @@ def bars(
     ax.set_ylim(len(runs) - 0.4, -0.6)
     ax.grid(visible=False, axis="y")
     ax.grid(visible=True, axis="x")
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+    if max(abs(end) for end in ax.get_xlim()) >= 10_000:  # long numbers need room
+        ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel, rotation=0, ha="right", va="bottom")
     ax.yaxis.set_label_coords(-0.01, 1.0)
@@ -353,7 +356,7 @@ def curves(
     ax.margins(x=0.01)
     places = sorted({float(value) for x, _ in lines.values() for value in x})
     if log_x and len(places) <= 12:  # few points: name each of them
-        ax.set_xticks(places, [f"{value:g}" for value in places])
+        ax.set_xticks(places, [f"{value:,g}" for value in places])
         ax.minorticks_off()
     elif not log_x and all(value == round(value) for value in places):
         ax.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=(1, 2, 5, 10), integer=True))
@@ -590,7 +593,7 @@ def pareto(
 def _plain_log(axis):
     "Write 0.2 and 5 at a logarithmic axis, and not powers of ten."
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
 
 # %% ../nbs/lib/plots.ipynb #041771db

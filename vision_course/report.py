@@ -186,9 +186,15 @@ def _readable(notebook):
             if not hidden and (cell.source or cell.outputs) and "injected-check" not in cell.metadata.get("tags", []):
                 cells.append(cell)
         elif "papermill-error-cell-tag" not in cell.metadata.get("tags", []):
+            cell.source = _unbroken(cell.source)
             cells += _captioned(cell, after_exhibit=bool(cells) and _has_exhibit(cells[-1]))
     notebook.cells = cells
     return notebook
+
+
+def _unbroken(text):
+    "Prose in which a percent sign stays on the line of its number; code is left as it is."
+    return re.sub(r"(`+)(?:.|\n)*?\1|(?<=\d) %", lambda found: found[0] if found[1] else "\u00a0%", text)
 
 
 def _noise(output):
