@@ -145,7 +145,7 @@ def files_section(results: dict) -> list[str]:  # by chapter
         *table(["file", "MB", "largest change of a probability", "same answers", "validation accuracy"], rows), "",
         f"A float file with a change above {limits['difference']:g}, or an INT8 file with less than "
         f"{percent(limits['agreement'])} of the answers the same, would not have been kept.", "",
-        "Milliseconds for one image on one thread: " + ", ".join(f"{name} {value:.2f}" for name, value in quick.items()) + ".",
+        "Milliseconds for one image on one thread: " + "; ".join(f"{name} {value:.2f}" for name, value in quick.items()) + ".",
         *_compression(results),
     ]
 
