@@ -7,8 +7,8 @@ in turn; the first round warms up and is not counted, and the median of the othe
 that the maps are compared. pytorch-grad-cam returns maps in [0, 1] at the size of the image, captum the layer's own size.
 
 What there is to gain depends on the network, so two are measured. The course's residual network, with the channels that it has
-on CIFAR-10, spends its time in arithmetic, and a graph from the pixels on adds little to that. MobileNetV2 makes large maps
-with little arithmetic, and there a graph that keeps them all is dear.
+for many images, spends its time in arithmetic, to which a graph from the pixels on adds little. MobileNetV2 makes large maps
+with little arithmetic, and a graph keeps them all.
 """
 
 import argparse
@@ -27,8 +27,9 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torchvision import models
 
 from vision_course.core import pick_device, provenance
+from vision_course.data import Dataset, Split
 from vision_course.explain import grad_cam, target_layer
-from vision_course.resnet import ResNet, ShortBlock, start_well
+from vision_course.resnet import resnet
 
 GOALS = {"pytorch-grad-cam": 3.5, "captum": 1.2, "forward pass": 0.85}  # times as many images a second
 
@@ -70,12 +71,20 @@ def images_per_second(call, count, repeats, device):
     return count * repeats / (time.perf_counter() - start)
 
 
+def network_and_size(text):
+    """Such as course:32; the size is in pixels, 32 where none is named."""
+    name, _, size = text.partition(":")
+    if name != "course" and name not in models.list_models():
+        raise argparse.ArgumentTypeError(f"{name!r} is neither course nor a network of torchvision")
+    return name, int(size or 32)
+
+
 def made(name, size):
-    """The course's network as it is for CIFAR-10, or one of torchvision's; untrained, for the speed does not depend on it."""
+    """The network that chapter 3 makes for many images, or one of torchvision's; untrained, as the speed does not ask."""
     if name != "course":
         return models.get_model(name, weights=None)
-    network = ResNet(10, widths=(96, 288, 320), block=ShortBlock)
-    return start_well(network, torch.randint(256, (500, 3, size, size), dtype=torch.uint8))
+    split = Split(torch.randint(256, (20_000, 3, size, size), dtype=torch.uint8), torch.zeros(20_000, dtype=torch.long))
+    return resnet(Dataset("made", tuple("abcdefghij"), split, split, split, (0.5,) * 3, (0.25,) * 3, "0"))
 
 
 def measure(name, size, options):
@@ -109,16 +118,16 @@ def measure(name, size, options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", default=["course:32", "mobilenet_v2:128"], metavar="NAME:PIXELS",
+    parser.add_argument("--networks", nargs="+", type=network_and_size, default=[("course", 32), ("mobilenet_v2", 128)],
+                        metavar="NAME:PIXELS",
                         help="course, or networks of torchvision, each with a size (default course:32 mobilenet_v2:128)")
     parser.add_argument("--batch", type=int, default=64, help="images in the batch (default 64)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds that count (default 9)")
     parser.add_argument("--repeats", type=int, default=5, help="calls of each contender in a round (default 5)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     options = parser.parse_args()
-    for network in options.networks:  # each in a process of its own, whose memory no other has prepared
-        name, _, size = network.partition(":")
-        process = get_context("spawn").Process(target=measure, args=(name, int(size or 32), options))
+    for name, size in options.networks:  # each in a process of its own, whose memory no other has prepared
+        process = get_context("spawn").Process(target=measure, args=(name, size, options))
         process.start()
         process.join()
         if process.exitcode:

@@ -12,6 +12,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .core import CourseError
+
 # %% ../nbs/lib/metrics.ipynb #7be2cc85
 def confusion_matrix(
     labels: Tensor,     # (images,) true classes, int64
@@ -68,6 +70,8 @@ def spread_and_margin(
     rows: Sequence[Sequence[float]],  # (rows, runs), at least two runs, as many in each row
 ) -> tuple[float, float]:             # standard deviation of one run; difference between two means that is more than luck
     "How far a run strays, pooled over the rows, and twice the standard error of a difference between two rows."
+    if len({len(row) for row in rows}) != 1 or len(rows[0]) < 2:
+        raise CourseError("spread_and_margin: every row must have as many runs as the others, and at least two.")
     table = torch.as_tensor(rows, dtype=torch.float64)
     spread = table.var(1).mean().sqrt().item()
     return spread, 2 * spread * (2 / table.shape[1]) ** 0.5

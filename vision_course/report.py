@@ -186,15 +186,9 @@ def _readable(notebook):
             if not hidden and (cell.source or cell.outputs) and "injected-check" not in cell.metadata.get("tags", []):
                 cells.append(cell)
         elif "papermill-error-cell-tag" not in cell.metadata.get("tags", []):
-            cell.source = _unbroken(cell.source)
             cells += _captioned(cell, after_exhibit=bool(cells) and _has_exhibit(cells[-1]))
     notebook.cells = cells
     return notebook
-
-
-def _unbroken(text):
-    "Prose in which a percent sign stays on the line of its number; code is left as it is."
-    return re.sub(r"(`+)(?:.|\n)*?\1|(?<=\d) %", lambda found: found[0] if found[1] else "\u00a0%", text)
 
 
 def _noise(output):
@@ -265,8 +259,15 @@ def _read_chapter(path):
     return chapter
 
 # %% ../nbs/lib/report.ipynb #759c7a46
+def _unbroken(text):
+    "Prose in which a percent sign stays on the line of its number; code is left as it is."
+    return re.sub(r"(`+)(?:.|\n)*?\1|(?<=\d) %", lambda found: found[0] if found[1] else "\u00a0%", text)
+
+
 def _to_html(notebook):
     "Turn cells into HTML with the course's template."
+    for cell in notebook.cells:
+        cell.source = _unbroken(cell.source) if cell.cell_type == "markdown" else cell.source
     loader = needed("jinja2", "dev").FileSystemLoader(ASSETS)
     exporter = needed("nbconvert", "dev").HTMLExporter(
         template_name="classic", template_file="report_cells.html.j2", extra_loaders=[loader],
