@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['project_root', 'data_root', 'run_name', 'output_folder', 'needed', 'save_json', 'load_json', 'seed_everything',
-           'pick_device', 'fast_bfloat16', 'keep_freed_memory', 'hand_back_memory', 'provenance', 'device_in_words',
-           'current_commit', 'save_result', 'load_result', 'save_figure', 'figure_saver', 'progress', 'locked']
+           'pick_device', 'fast_bfloat16', 'matrix_tiles', 'keep_freed_memory', 'hand_back_memory', 'provenance',
+           'device_in_words', 'current_commit', 'save_result', 'load_result', 'save_figure', 'figure_saver', 'progress',
+           'locked']
 
 # %% ../nbs/lib/core.ipynb #0f0bfad6
 import ctypes
@@ -136,12 +137,22 @@ def fast_bfloat16(
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = torch.backends.cpu.get_cpu_capability()
-    return capabilities in ("AVX512", "AMX") and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bf16_flag()
+    supported = capabilities in ("AVX512", "AMX") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported and bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
 
 
-def _has_bf16_flag():
-    flags = Path("/proc/cpuinfo")
-    return flags.exists() and re.search(r"avx512_bf16|amx_bf16", flags.read_text()) is not None
+def matrix_tiles(
+    device: torch.device,  # what to compute on
+) -> bool:                 # True on CPUs with AMX instructions for bfloat16
+    "Say whether this is a CPU that multiplies bfloat16 numbers tile by tile."
+    return device.type == "cpu" and fast_bfloat16(device) and "amx_bf16" in _cpu_flags()
+
+
+@cache
+def _cpu_flags():
+    info = Path("/proc/cpuinfo")
+    flags = re.search(r"^flags\s*:(.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return frozenset(flags[1].split()) if flags else frozenset()
 
 # %% ../nbs/lib/core.ipynb #88cb54c3
 @cache

@@ -39,6 +39,7 @@ from vision_course.core import (
     provenance, run_name, save_json, seed_everything, write_atomic,
 )
 from .data import Batches, Dataset, Split, augmentation, cutmix, derive_seed, mixup
+from .gradients import fast_gradients
 from .optim import OPTIMIZERS, SCHEDULES, Lookahead, make_optimizer, make_scheduler
 
 # %% ../nbs/lib/train.ipynb #c6e4a6e9
@@ -247,7 +248,8 @@ class Trainer:
                 with self.accelerator.autocast():
                     loss = self.plain.training_loss(images, logits, loss)
             self.optimizer.zero_grad()
-            self.accelerator.backward(loss)
+            with fast_gradients(self.device):
+                self.accelerator.backward(loss)
             self.optimizer.step()
             self.lookahead.step()
             if self.recipe.schedule != "plateau":
