@@ -12,6 +12,7 @@ __all__ = ['ARROW', 'CROSS', 'OUTLINES', 'CLASSES', 'CHUNK', 'CELLS', 'TAGS', 's
 import hashlib
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -51,16 +52,16 @@ def polygon_distance(
     corners: list[tuple[float, float]],  # x and y of the corners, in order around the outline
 ) -> Tensor:          # same shape; negative inside
     "Signed distance of points to a polygon; a ray to the left crosses the outline an odd number of times from inside."
-    nearest, inside = torch.full_like(x, torch.inf), torch.zeros_like(x, dtype=torch.bool)
-    for (start_x, start_y), (end_x, end_y) in zip(corners, corners[1:] + corners[:1]):
-        edge_x, edge_y = end_x - start_x, end_y - start_y
-        to_x, to_y = x - start_x, y - start_y
-        along = ((to_x * edge_x + to_y * edge_y) / (edge_x * edge_x + edge_y * edge_y)).clamp(0, 1)
-        away_x, away_y = to_x - along * edge_x, to_y - along * edge_y
-        nearest = torch.minimum(nearest, away_x * away_x + away_y * away_y)
-        if edge_y:
-            inside ^= ((y >= start_y) != (y >= end_y)) & (to_x > to_y * (edge_x / edge_y))
-    return square_root(nearest) * torch.where(inside, -1.0, 1.0)
+    start = torch.tensor(corners, dtype=torch.float64).reshape(-1, 2, *[1] * x.ndim)
+    edge = start.roll(-1, 0) - start  # (corners, 2, 1…), so that all edges are treated at once
+    (start_x, start_y), (edge_x, edge_y) = start.float().unbind(1), edge.float().unbind(1)
+    to_x, to_y = x - start_x, y - start_y
+    along = ((to_x * edge_x + to_y * edge_y) / (edge * edge).sum(1).float()).clamp(0, 1)
+    away_x, away_y = to_x - along * edge_x, to_y - along * edge_y
+    nearest = (away_x * away_x + away_y * away_y).amin(0)
+    below = y >= start_y  # the same at both ends of a level edge, which no ray crosses
+    crossed = (below != below.roll(-1, 0)) & (to_x > to_y * (edge[:, 0] / edge[:, 1]).float())
+    return square_root(nearest) * torch.where(crossed.sum(0) % 2 == 1, -1.0, 1.0)
 
 # %% ../nbs/lib/shapes.ipynb #02ed0f2e
 def corners_around(
@@ -356,11 +357,18 @@ def render(
         raise CourseError(f"shapes: size is {size} pixels. Choose a size from 16 to 224.")
     flat = torch.zeros(count, size, size, dtype=torch.bool)
     images, labels = torch.empty(count, 3, size, size, dtype=torch.uint8), torch.empty(count, dtype=torch.int64)
-    made = Shapes(images, labels, flat, torch.empty(count), flat.clone())
-    for first in range(0, count, CHUNK):
+    made, threads = Shapes(images, labels, flat, torch.empty(count), flat.clone()), torch.get_num_threads()
+
+    def put(first: int) -> None:
         part = render_chunk(Chance(seed, first // CHUNK, min(CHUNK, count - first)), size, shortcut)
         for field, values in vars(part).items():
             getattr(made, field)[first : first + CHUNK] = values
+
+    try:  # a chunk is too small to be shared out, so each thread takes whole ones
+        with ThreadPoolExecutor(min(threads, 4), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(put, range(0, count, CHUNK)))
+    finally:
+        torch.set_num_threads(threads)
     return made
 
 # %% ../nbs/lib/shapes.ipynb #5e1a7c02
