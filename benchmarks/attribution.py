@@ -8,7 +8,8 @@ that the maps are compared. pytorch-grad-cam returns maps in [0, 1] at the size 
 
 What there is to gain depends on the network, so two are measured. The course's residual network, with the channels that it has
 for many images, spends its time in arithmetic, to which a graph from the pixels on adds little. MobileNetV2 makes large maps
-with little arithmetic, and a graph keeps them all.
+with little arithmetic, and a graph keeps them all. It also depends on the order in memory in which network and images come,
+the same for all contenders: PyTorch's usual one, or `channels_last`, which the course brings images to on a CPU anyway.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import statistics
 import sys
 import time
+from itertools import product
 from multiprocessing import get_context
 
 import torch
@@ -31,6 +33,7 @@ from vision_course.data import Dataset, Split
 from vision_course.explain import grad_cam, target_layer
 from vision_course.resnet import resnet
 
+ORDERS = {"usual": torch.contiguous_format, "channels_last": torch.channels_last}
 GOALS = {"pytorch-grad-cam": 3.5, "captum": 1.2, "forward pass": 0.85}  # times as many images a second
 
 
@@ -87,13 +90,13 @@ def made(name, size):
     return resnet(Dataset("made", tuple("abcdefghij"), split, split, split, (0.5,) * 3, (0.25,) * 3, "0"))
 
 
-def measure(name, size, options):
+def measure(name, size, order, options):
     """Compare the maps, let the contenders take turns, and print what came out."""
     device = pick_device(options.device)
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    model = made(name, size).eval().to(device, memory_format=torch.channels_last)
-    images = torch.rand(options.batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    model = made(name, size).eval().to(device, memory_format=ORDERS[order])
+    images = torch.rand(options.batch, 3, size, size, device=device).contiguous(memory_format=ORDERS[order])
     targets = torch.arange(options.batch, device=device) % 10
     layer = target_layer(model, images)
     calls = contenders(model, images, targets, layer)
@@ -107,12 +110,12 @@ def measure(name, size, options):
     medians = {contender: statistics.median(rows[1:]) for contender, rows in speeds.items()}
     ours = medians["vision_course"]
     ratios = {contender: round(ours / medians[contender], 2) for contender in GOALS}
-    print(f"{name}, {size} pixels, layer {layer}:")
+    print(f"{name}, {size} pixels, layer {layer}, memory in {order} order:")
     for contender, speed in medians.items():
         told = f"; ours is {ratios[contender]} times as fast, the goal is {GOALS[contender]}" if contender in GOALS else ""
         print(f"  {contender:28} {speed:>8,.0f} images a second{told}")
     report = {"images_per_second": {each: round(v) for each, v in medians.items()}, "times_as_fast": ratios, "difference": difference}
-    settings = {"network": name, "layer": layer, "size": size, "batch": options.batch}
+    settings = {"network": name, "layer": layer, "size": size, "order": order, "batch": options.batch}
     print(json.dumps({**report, **settings, "provenance": provenance()}))
 
 
@@ -121,13 +124,14 @@ def main():
     parser.add_argument("--networks", nargs="+", type=network_and_size, default=[("course", 32), ("mobilenet_v2", 128)],
                         metavar="NAME:PIXELS",
                         help="course, or networks of torchvision, each with a size (default course:32 mobilenet_v2:128)")
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS), help="of network and images in memory (default both)")
     parser.add_argument("--batch", type=int, default=64, help="images in the batch (default 64)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds that count (default 9)")
     parser.add_argument("--repeats", type=int, default=5, help="calls of each contender in a round (default 5)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     options = parser.parse_args()
-    for name, size in options.networks:  # each in a process of its own, whose memory no other has prepared
-        process = get_context("spawn").Process(target=measure, args=(name, size, options))
+    for (name, size), order in product(options.networks, options.orders):  # each in a process whose memory no other has prepared
+        process = get_context("spawn").Process(target=measure, args=(name, size, order, options))
         process.start()
         process.join()
         if process.exitcode:

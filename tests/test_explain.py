@@ -18,6 +18,20 @@ from vision_course.cnn import SmallCNN
 from vision_course.core import CourseError
 from vision_course.resnet import ResNet
 
+
+
+class Viewed(nn.Module):
+    """A network that takes its maps apart with `view`, which works in the usual order of memory only."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.ReLU())
+        self.head = nn.Linear(16 * 7 * 7, 10)
+
+    def forward(self, x):
+        return self.head(self.body(x).view(len(x), -1))
+
+
 GUIDED = judging.guided(explain.saliency)
 METHODS = {
     "saliency": explain.saliency, "smooth_grad": explain.smooth_grad, "integrated_map": explain.integrated_map,
@@ -26,6 +40,7 @@ METHODS = {
 NETWORKS = {  # name: maker, layer for the reference libraries, layer that is found when none is given, side of the images
     "ours": (lambda: ResNet(10), "stages", "stages", 32),
     "small_cnn": (lambda: SmallCNN(10), "blocks", "blocks", 32),
+    "viewed": (Viewed, "body", "body", 32),
     "resnet18": (models.resnet18, "layer4", "layer4", 64),
     "mobilenet_v2": (models.mobilenet_v2, "features", "features", 64),
     "densenet121": (models.densenet121, "features.denseblock4", "features", 64),
