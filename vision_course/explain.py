@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import CourseError
-from .maps import answers, module_named, prepared, target_scores
+from .maps import forward_pass, module_named, prepared, target_scores
 from .train import evaluating
 
 # %% ../nbs/05_interpretability.ipynb #59fd8b26
@@ -64,7 +64,7 @@ def feature_maps(
 ) -> dict[str, Tensor]:     # output of each, by name
     "What layers put out for a batch of images."
     with evaluating(model), torch.no_grad(), capture(model, layers) as kept:
-        answers(model, prepared(model, images))
+        forward_pass(model, prepared(model, images))
     return kept
 
 # %% ../nbs/05_interpretability.ipynb #170cd9dc
@@ -74,7 +74,7 @@ def predicted(
 ) -> Tensor:           # (images,) int64
     "The class that the network answers for each image."
     with evaluating(model), torch.no_grad():
-        return answers(model, prepared(model, images)).argmax(1)
+        return forward_pass(model, prepared(model, images)).argmax(1)
 
 
 def input_gradients(
@@ -159,7 +159,7 @@ def maps_and_gradients(
 ) -> list[tuple[Tensor, Tensor]]:  # for each layer its output and the gradient of the target logits there
     "Run the network once, with a graph only from the first of the layers on."
     with evaluating(model), torch.no_grad(), capture(model, layers, begin_graph) as kept:
-        scores = target_scores(answers(model, prepared(model, images)), targets)
+        scores = target_scores(forward_pass(model, prepared(model, images)), targets)
     for name in layers:
         if name not in kept or kept[name].ndim != 4:
             shape = tuple(kept[name].shape) if name in kept else "none"
@@ -181,7 +181,7 @@ def target_layer(
     if not convolutions:
         raise CourseError(f"{type(model).__name__}: has no convolutions, so no map for Grad-CAM to weigh.")
     with evaluating(model), torch.no_grad(), capture(model, names) as kept:
-        answers(model, prepared(model, images[:1]))
+        forward_pass(model, prepared(model, images[:1]))
     first = next((i for i, name in enumerate(kept) if name in convolutions), 0)
     maps = [name for name in list(kept)[first:] if kept[name].ndim == 4 and kept[name][0, 0].numel() > 1]
     if not maps:
