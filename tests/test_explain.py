@@ -19,7 +19,6 @@ from vision_course.core import CourseError
 from vision_course.resnet import ResNet
 
 
-
 class Viewed(nn.Module):
     """A network that takes its maps apart with `view`, which works in the usual order of memory only."""
 

@@ -72,10 +72,11 @@ def forward_pass(
 ) -> Tensor:           # what the network gives
     "Run a network, on a CPU with the channels of a pixel side by side in memory."
     if images.device.type == "cpu":
+        tracking = torch.is_grad_enabled()
         try:
             return model(images.contiguous(memory_format=torch.channels_last))
         except RuntimeError:  # such as that of `view`; what is wrong with the images will be raised again
-            pass
+            torch.set_grad_enabled(tracking)  # which a hook on the way may have changed
     return model(images)
 
 # %% ../nbs/lib/maps.ipynb #903fcc9d

@@ -364,7 +364,7 @@ def render(
         for field, values in vars(part).items():
             getattr(made, field)[first : first + CHUNK] = values
 
-    try:  # a chunk is too small to be shared out, so each thread takes whole ones
+    try:  # chunks are too small to share out: each thread takes whole ones; few threads, as they share an interpreter
         with ThreadPoolExecutor(min(threads, 4), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(put, range(0, count, CHUNK)))
     finally:
