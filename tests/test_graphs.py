@@ -133,8 +133,13 @@ def test_a_bad_file_is_one_clear_line(exported, tmp_path, spoil):
 
 def test_calls_take_turns_and_the_first_rounds_do_not_count():
     order = []
-    seconds = interleaved_seconds({name: lambda name=name: order.append(name) for name in "ab"}, rounds=3)
-    assert "".join(order) == "abbaabbaab" and [len(row) for row in seconds.values()] == [3, 3]
+    seconds = interleaved_seconds({name: lambda name=name: order.append(name) for name in "abcd"}, rounds=18)
+    rounds = ["".join(order[i : i + 4]) for i in range(0, 80, 4)]
+    assert {"".join(sorted(turn)) for turn in rounds} == {"abcd"} and [len(row) for row in seconds.values()] == [18] * 4
+    before = {name: {turn[turn.index(name) - 1] for turn in rounds if turn.index(name)} for name in "abcd"}
+    assert all(before[name] == set("abcd") - {name} for name in "abcd")  # nobody always runs after the same one
+    paused = interleaved_seconds({"a": lambda: None}, rounds=1, pause=0.01)
+    assert paused["a"][0] < 0.01  # the pause does not count
     slow = interleaved_seconds({"waits": lambda: time.sleep(0.03), "idle": lambda: None}, rounds=3)
     assert statistics.median(slow["waits"]) >= 0.03 > statistics.median(slow["idle"])
 

@@ -9,6 +9,7 @@ __all__ = ['fold_norms', 'quietly', 'write_graph', 'export_onnx', 'short_reason'
 # %% ../nbs/lib/graphs.ipynb #cfa71c04
 import logging
 import os
+import random
 import re
 import sys
 import time
@@ -210,12 +211,13 @@ def quantise_onnx(
 def interleaved_seconds(
     calls: dict[str, Callable[[], object]],  # what to time, by name
     rounds: int = 15,                        # that count; two more go before them
+    pause: float = 0.0,                      # seconds before each call, in which the threads of the last one come to rest
 ) -> dict[str, list[float]]:                 # seconds of each round, by name
-    "Time calls in turn, each once a round."
-    names, seconds = list(calls), {name: [] for name in calls}
+    "Time calls in turn, each once a round, in an order that changes from round to round."
+    chance, seconds = random.Random(0), {name: [] for name in calls}
     for turn in range(rounds + 2):
-        start = turn % max(1, len(names))
-        for name in names[start:] + names[:start]:
+        for name in chance.sample(list(calls), len(calls)):
+            time.sleep(pause)
             began = time.perf_counter()
             calls[name]()
             if turn >= 2:
