@@ -211,13 +211,15 @@ def quantise_onnx(
 def interleaved_seconds(
     calls: dict[str, Callable[[], object]],  # what to time, by name
     rounds: int = 15,                        # that count; two more go before them
-    pause: float = 0.0,                      # seconds before each call, in which the threads of the last one come to rest
+    pause: float = 0.0,                      # seconds before each turn, for the threads of the last one to come to rest
 ) -> dict[str, list[float]]:                 # seconds of each round, by name
     "Time calls in turn, each once a round, in an order that changes from round to round."
     chance, seconds = random.Random(0), {name: [] for name in calls}
     for turn in range(rounds + 2):
         for name in chance.sample(list(calls), len(calls)):
-            time.sleep(pause)
+            if pause:
+                time.sleep(pause)
+                calls[name]()  # wakes its own threads
             began = time.perf_counter()
             calls[name]()
             if turn >= 2:
