@@ -211,7 +211,7 @@ def quantise_onnx(
 def interleaved_seconds(
     calls: dict[str, Callable[[], object]],  # what to time, by name
     rounds: int = 15,                        # that count; two more go before them
-    pause: float = 0.0,                      # seconds before each turn, for the threads of the last one to come to rest
+    pause: float = 0.0,                      # seconds of rest before each turn, then a call that does not count; 0: neither
 ) -> dict[str, list[float]]:                 # seconds of each round, by name
     "Time calls in turn, each once a round, in an order that changes from round to round."
     chance, seconds = random.Random(0), {name: [] for name in calls}
