@@ -12,13 +12,15 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .core import fast_bfloat16
+
 # %% ../nbs/lib/optim.ipynb #a12e83aa
 def orthogonalise(
     matrix: Tensor,   # (rows, columns)
     rounds: int = 3,  # of the polynomial; 5 also reach singular values that are small beside the largest
 ) -> Tensor:          # the same shape and type, singular values near 1
-    "Give all directions of a matrix about the same length, by Newton and Schulz's iteration in bfloat16."
-    x = matrix.bfloat16() / (matrix.norm() + 1e-7)
+    "Give all directions of a matrix about the same length, by Newton and Schulz's iteration."
+    x = matrix.to(torch.bfloat16 if fast_bfloat16(matrix.device) else matrix.dtype) / (matrix.norm() + 1e-7)
     x = x.T if len(matrix) > matrix.shape[1] else x  # the smaller square costs less
     for _ in range(rounds):
         square = x @ x.T
