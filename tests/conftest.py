@@ -59,13 +59,23 @@ def refused(result, *words):
     return True
 
 
+def after(statements, command):
+    """A command whose process runs Python statements first (preexec_fn forks beside the threads of what other tests imported)."""
+    code = f"import os, sys\n{statements}\nos.execvp(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-I", "-S", "-c", code, *map(str, command)]
+
+
+HEAR_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"  # a process started in the background ignores it
+
+
 @pytest.fixture
 def course(tmp_path):
     """Run `vision-course …` as a user would, with its outputs in a folder of the test."""
     environment = {**os.environ, "VISION_COURSE_OUTPUTS": str(tmp_path / "outputs"), "VISION_COURSE_DATA": str(tmp_path / "data")}
 
-    def run(*words, launcher=(), **options):
+    def run(*words, launcher=(), first="", **options):
         command = [sys.executable, *launcher, "-m", "vision_course.cli", *map(str, words)]
+        command = after(first, command) if first else command
         settings = {"capture_output": True, "text": True, "cwd": tmp_path, "env": environment, **options}
         return subprocess.run(command, **settings)
 

@@ -1,13 +1,12 @@
 """The command line: what a user can get wrong ends in one clear line and a non-zero status, with nothing half-written."""
 
-import resource
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import refused
+from conftest import HEAR_CTRL_C, after, refused
 from PIL import Image
 
 
@@ -98,11 +97,8 @@ def test_an_output_folder_that_cannot_be_written_is_refused(command, photos, tmp
 
 
 def test_a_full_disk_leaves_nothing_half_written(course, photos):
-    def little_room():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-
-    done = course("train", "small_cnn", "--dataset", photos, "--epochs", 1, preexec_fn=little_room)
+    little_room = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
+    done = course("train", "small_cnn", "--dataset", photos, "--epochs", 1, first=little_room)
     assert done.returncode == 2, done
     assert len(done.stderr.strip().splitlines()) == 1 and "cannot be written" in done.stderr
     left = [path for path in course.outputs.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
@@ -111,8 +107,7 @@ def test_a_full_disk_leaves_nothing_half_written(course, photos):
 
 def test_ctrl_c_ends_in_status_130_and_keeps_the_state(course, photos):
     command = [sys.executable, "-m", "vision_course.cli", "train", "small_cnn", "--dataset", str(photos), "--epochs", "5000"]
-    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a process started in the background ignores Ctrl-C
-    process = subprocess.Popen(command, env=course.environment, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
+    process = subprocess.Popen(after(HEAR_CTRL_C, command), env=course.environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(course.outputs.rglob("small_cnn-seed0.state")) and time.monotonic() < deadline:
         time.sleep(0.05)

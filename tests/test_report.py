@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import HEAR_CTRL_C, after
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from vision_course.core import CourseError
@@ -116,16 +117,12 @@ def test_a_process_that_dies(project):
         run_chapters("shapes", chapters=["02"])
 
 
-def hear_ctrl_c():
-    """A process that was started in the background ignores Ctrl-C, and its children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_ctrl_c_stops_the_run_and_its_kernel(project):
     body = "import os, time, pathlib\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(60)"
     nbformat.write(notebook("Slow", new_code_cell(body)), project / "nbs" / "01_good.ipynb")
     run = "from vision_course.report import make_report; make_report('shapes')"
-    process = subprocess.Popen([sys.executable, "-c", run], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c)
+    command = after(HEAR_CTRL_C, [sys.executable, "-c", run])
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     pid = project / "nbs" / "pid"
     for _ in range(600):
         if pid.exists() and pid.read_text():

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import bomb, colour_model, file_of, mutated
+from conftest import HEAR_CTRL_C, after, bomb, colour_model, file_of, mutated
 from PIL import Image
 
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed (extra serve)")
@@ -385,8 +385,7 @@ def started(command, **options):
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_told_to_end_it_answers_what_is_under_way(tmp_path, how):
-    hear = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores Ctrl-C
-    process, port = started([sys.executable, "-c", SLOW, str(colour_model(tmp_path / "colours.onnx"))], preexec_fn=hear)
+    process, port = started(after(HEAR_CTRL_C, [sys.executable, "-c", SLOW, colour_model(tmp_path / "colours.onnx")]))
     answers = []
     clients = [threading.Thread(target=lambda: answers.append(upload(port, RED)[0])) for _ in range(6)]
     try:
@@ -448,15 +447,12 @@ class Browser:
         self.read, far_write = os.pipe()
         far_read, self.write = os.pipe()
 
-        def wires():  # Chromium reads from 3 and writes to 4
-            ours = os.dup(far_read), os.dup(far_write)
-            os.dup2(ours[0], 3)
-            os.dup2(ours[1], 4)
-
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
                  "--disable-component-update", "--disable-sync", f"--user-data-dir={folder}", "--remote-debugging-pipe"]
+        wires = f"ours = os.dup({far_read}), os.dup({far_write})\nfor own, pipe in zip(ours, (3, 4)):"  # it reads from 3 and writes to 4
+        wires += " os.dup2(own, pipe), os.set_inheritable(pipe, True)"
         self.process = subprocess.Popen(
-            [CHROMIUM, *flags], preexec_fn=wires, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            after(wires, [CHROMIUM, *flags]), pass_fds=(far_read, far_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
         os.close(far_read), os.close(far_write)
