@@ -116,7 +116,7 @@ def test_pruned_to_a_part_of_the_multiplications(part):
 @pytest.mark.parametrize("seed", range(4))
 def test_grids_are_those_of_torch(seed):
     x = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(seed)) * 10.0 ** torch.arange(-3, 3).view(6, 1, 1, 1)
-    for grid in (symmetric_grid(x), affine_grid(x)):
+    for grid in (symmetric_grid(x), symmetric_grid(x, highest=64), affine_grid(x)):
         theirs = torch.fake_quantize_per_tensor_affine(x, grid.scale.item(), int(grid.zero_point), grid.lowest, grid.highest)
         torch.testing.assert_close(dequantise(quantise(x, grid), grid), theirs)
     for grid in (symmetric_grid(x, axis=0), affine_grid(x, axis=0)):
@@ -143,15 +143,16 @@ def test_grids_refuse_what_has_no_range(bad):
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
-def test_onnx_runtime_stores_the_steps_that_we_compute(per_channel, tmp_path):
+@pytest.mark.parametrize("bits, highest", [(7, 64), (8, 127)])
+def test_onnx_runtime_stores_the_steps_that_we_compute(per_channel, bits, highest, tmp_path):
     torch.manual_seed(0)
     layer = nn.Conv2d(3, 4, 3)
     layer.weight.data *= torch.tensor([0.1, 1, 3, 0.5]).view(4, 1, 1, 1)
     path = export_onnx(nn.Sequential(layer, nn.ReLU()), torch.zeros(2, 3, 8, 8), tmp_path / "a.onnx")
     images = [np.random.default_rng(0).random((16, 3, 8, 8), dtype=np.float32)]
-    small = onnx.load(quantise_onnx(path, tmp_path / "b.onnx", images, per_channel=per_channel))
+    small = onnx.load(quantise_onnx(path, tmp_path / "b.onnx", images, per_channel=per_channel, weight_bits=bits))
     stored = [numpy_helper.to_array(tensor) for tensor in small.graph.initializer if len(tensor.dims) == 4]
-    ours = quantise(layer.weight.detach(), symmetric_grid(layer.weight.detach(), 0 if per_channel else None))
+    ours = quantise(layer.weight.detach(), symmetric_grid(layer.weight.detach(), 0 if per_channel else None, highest))
     assert len(stored) == 1 and stored[0].dtype == np.int8
     assert np.abs(stored[0].astype(int) - ours.numpy()).max() <= 1 and (stored[0] == ours.numpy()).mean() > 0.99
 

@@ -88,7 +88,7 @@ def test_folding_changes_nothing_and_leaves_negative_factors_alone():
     torch.testing.assert_close(other(images), expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"per_channel": False}, {"signed_activations": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"per_channel": False}, {"signed_activations": True}, {"weight_bits": 8}], ids=str)
 def test_eight_bits_are_near_and_smaller(exported, tmp_path, options):
     network, path = exported
     batches = [np.random.default_rng(i).random((32, 3, 16, 16), dtype=np.float32) for i in range(3)]
@@ -101,6 +101,19 @@ def test_eight_bits_are_near_and_smaller(exported, tmp_path, options):
     assert open_session(small).get_modelmeta().custom_metadata_map["note"] == "ünï"
     kinds = {tensor.data_type for tensor in onnx.load(small).graph.initializer if len(tensor.dims) == 4 and tensor.dims[0] > 1}
     assert kinds == {onnx.TensorProto.INT8}
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(64, 4, 3), nn.Conv2d(64, 4, 1), nn.Sequential(nn.Flatten(), nn.Linear(4096, 4))], ids=str)
+def test_sums_of_the_largest_products_do_not_overflow(layer, tmp_path):
+    for p in layer.parameters():  # whole bytes on both sides, at all places: half of it is lost where sums end at 16 bits
+        p.data.fill_(1.0)
+        p.data[1::2] = -1.0
+    images = np.random.default_rng(0).random((16, 64, 8, 8), dtype=np.float32)
+    images[:8] = 1.0
+    path = export_onnx(layer, torch.zeros(2, 64, 8, 8), tmp_path / "a.onnx")
+    expected = run_session(open_session(path), images)
+    small = run_session(open_session(quantise_onnx(path, tmp_path / "b.onnx", [images])), images)
+    assert np.abs(small - expected).max() < 0.01 * np.abs(expected).max()
 
 
 class Odd(nn.Module):

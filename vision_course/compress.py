@@ -162,11 +162,12 @@ def value_range(
 def symmetric_grid(
     x: Tensor,                # what the grid is for
     axis: int | None = None,  # of the channels; None: one scale for all
+    highest: int = 127,       # last step; 64 for weights of 7 bits
 ) -> Grid:
-    "The grid of signed weights: -127 to 127, zero in the middle."
+    "The grid of signed weights, zero in the middle."
     low, high = value_range(x, axis)
-    scale = torch.maximum(-low, high).clamp(min=1e-12) / 127
-    return Grid(scale, torch.zeros_like(scale), -127, 127)
+    scale = torch.maximum(-low, high).clamp(min=1e-12) / highest
+    return Grid(scale, torch.zeros_like(scale), -highest, highest)
 
 
 def affine_grid(

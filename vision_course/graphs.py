@@ -188,8 +188,11 @@ def quantise_onnx(
     *,
     per_channel: bool = True,         # a scale for each output channel of a weight; False: one for each weight
     signed_activations: bool = False, # activations from -128 to 127 in place of 0 to 255
+    weight_bits: int = 7,             # 7: weights from -64 to 64 steps; 8: to 127, which overflows on some processors
 ) -> Path:         # the target, with the metadata of the float graph
     "Quantise a graph to 8 bits with ranges measured on images."
+    if weight_bits not in (7, 8):
+        raise CourseError(f"weights of {weight_bits} bits: not known. Choose 7 or 8.")
     open_session(path)  # refuses what is no graph
     graph, batches = onnx.load(path), list(batches)
     if not sum(map(len, batches)) or not all(np.isfinite(batch).all() for batch in batches):
@@ -202,7 +205,7 @@ def quantise_onnx(
         quantize_static(
             whole, small, reader, quant_format=QuantFormat.QDQ, calibrate_method=CalibrationMethod.MinMax,
             activation_type=QuantType.QInt8 if signed_activations else QuantType.QUInt8,
-            weight_type=QuantType.QInt8, per_channel=per_channel, nodes_to_exclude=exact,
+            weight_type=QuantType.QInt8, per_channel=per_channel, reduce_range=weight_bits == 7, nodes_to_exclude=exact,
         )
         result = onnx.load(small)
     return write_graph(result, target, {entry.key: entry.value for entry in graph.metadata_props})

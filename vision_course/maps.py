@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['module_named', 'prepared', 'target_scores', 'forward_pass', 'paired', 'pointing_game', 'share_inside', 'overlap',
-           'rank_similarity', 'mean_interval', 'random_map', 'centre_map', 'edge_map', 'smeared', 'pixel_curve',
-           'in_batches', 'randomised', 'GuidedReLU', 'GuidedMode', 'guided', 'principal_components', 'principal_maps']
+           'rank_similarity', 'mean_interval', 'random_map', 'centre_map', 'edge_map', 'smeared', 'falling_ranks',
+           'pixel_curves', 'in_batches', 'randomised', 'GuidedReLU', 'GuidedMode', 'guided', 'principal_components',
+           'principal_maps']
 
 # %% ../nbs/lib/maps.ipynb #b8735252
 import copy
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -181,23 +182,33 @@ def smeared(
     return gaussian_blur(maps, 2 * int(2 * sigma) + 1, sigma)
 
 # %% ../nbs/lib/maps.ipynb #d63fa794
-def pixel_curve(
-    model: nn.Module,  # gives logits
-    start: Tensor,     # float (images, channels, h, w)
-    end: Tensor,       # the same shape
-    maps: Tensor,      # (images, h, w); the highest pixels change first
-    targets: Tensor,   # (images,) class indices
-    steps: int = 16,   # changes on the way, at least 1
-) -> Tensor:           # (images, steps + 1) probabilities in [0, 1]
+def falling_ranks(
+    maps: Tensor,  # (images, h, w)
+) -> Tensor:       # the same shape, int64: 0 at the highest pixel of each map, then 1, …; of equal ones the first comes first
+    "The place of every pixel in the order of its map."
+    order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
+    return torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)).view_as(maps)
+
+
+def pixel_curves(
+    model: nn.Module,          # gives logits
+    start: Tensor,             # float (images, channels, h, w)
+    end: Tensor,               # the same shape
+    maps: dict[str, Tensor],   # (images, h, w) each, by name; the highest pixels change first
+    targets: Tensor,           # (images,) class indices
+    shares: Sequence[float],   # of the pixels that have changed, rising, between 0 and 1
+) -> dict[str, Tensor]:        # by name (images, shares + 2) probabilities: at 0, at the shares, at 1
     "The target's probability while the pixels of one image become those of another."
-    ranks = maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1).view_as(maps)
-    chances = []
+    def chance(images):
+        return model(images).float().softmax(1).gather(1, targets[:, None])
+
     with evaluating(model), torch.no_grad():
-        for step in range(steps + 1):
-            changed = ranks * steps < step * maps[0].numel()  # (images, h, w)
-            logits = model(torch.where(changed[:, None], end, start))
-            chances.append(logits.float().softmax(1).gather(1, targets[:, None])[:, 0])
-    return torch.stack(chances, 1)
+        first, last, curves = chance(start), chance(end), {}
+        for name, x in maps.items():
+            ranks = falling_ranks(x.to(start.device))[:, None]  # (images, 1, h, w)
+            between = [chance(torch.where(ranks < share * x[0].numel(), end, start)) for share in shares]
+            curves[name] = torch.cat([first, *between, last], 1)
+    return curves
 
 
 def in_batches(
