@@ -188,14 +188,14 @@ def provenance() -> dict:  # commit, versions, device, threads, time
     }
 
 
-def device_in_words() -> str:  # such as "AMD EPYC, 2 cores" or "NVIDIA H200"
+def device_in_words() -> str:  # such as "AMD EPYC, 2 cores with bfloat16" or "NVIDIA H200"
     "Name what this process computes on."
     if pick_device().type == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     name = found.group(1).strip() if found else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{name}, {os.cpu_count()} cores {'with' if fast_bfloat16(torch.device('cpu')) else 'without'} bfloat16"
 
 
 # %% ../nbs/lib/core.ipynb #d36cf3c2
