@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vision_course import optim
 from vision_course.cli import trained_network
 from vision_course.core import CourseError
 from vision_course.data import Dataset, Split
@@ -341,3 +342,18 @@ def test_the_published_network_scores_what_its_json_says():
     model, data, info = trained_network(path)
     assert training_key(model, data, resnet_recipe(data), 0) == info["key"]  # so `load_or_train` will find it
     assert abs(evaluate(model, data.valid)["accuracy"] - info["valid_accuracy"]) < 0.002
+
+
+def test_bfloat16_is_chosen_only_where_it_is_no_slower(monkeypatch):
+    """Without instructions for it a product in bfloat16 takes ten to fifty times as long."""
+    matrix, fastest = torch.randn(128, 1152, generator=torch.Generator().manual_seed(0)), {}
+    for choice in (optim.fast_bfloat16, lambda device: False):
+        monkeypatch.setattr(optim, "fast_bfloat16", choice)
+        seconds = []
+        for _ in range(10):
+            start = time.perf_counter()
+            optim.orthogonalise(matrix)
+            seconds.append(time.perf_counter() - start)
+        fastest[choice] = min(seconds)
+    chosen, in_float32 = fastest.values()
+    assert chosen < 4 * in_float32
