@@ -205,7 +205,8 @@ def quantise_onnx(
         quantize_static(
             whole, small, reader, quant_format=QuantFormat.QDQ, calibrate_method=CalibrationMethod.MinMax,
             activation_type=QuantType.QInt8 if signed_activations else QuantType.QUInt8,
-            weight_type=QuantType.QInt8, per_channel=per_channel, reduce_range=weight_bits == 7, nodes_to_exclude=exact,
+            weight_type=QuantType.QInt8, reduce_range=weight_bits == 7, per_channel=per_channel,
+            nodes_to_exclude=exact,
         )
         result = onnx.load(small)
     return write_graph(result, target, {entry.key: entry.value for entry in graph.metadata_props})

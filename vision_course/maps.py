@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['module_named', 'prepared', 'target_scores', 'forward_pass', 'paired', 'pointing_game', 'share_inside', 'overlap',
-           'rank_similarity', 'mean_interval', 'random_map', 'centre_map', 'edge_map', 'smeared', 'falling_ranks',
-           'pixel_curves', 'in_batches', 'randomised', 'GuidedReLU', 'GuidedMode', 'guided', 'principal_components',
-           'principal_maps']
+           'rank_similarity', 'mean_interval', 'random_map', 'centre_map', 'edge_map', 'smeared', 'pixel_curves',
+           'in_batches', 'randomised', 'GuidedReLU', 'GuidedMode', 'guided', 'principal_components', 'principal_maps']
 
 # %% ../nbs/lib/maps.ipynb #b8735252
 import copy
@@ -182,14 +181,6 @@ def smeared(
     return gaussian_blur(maps, 2 * int(2 * sigma) + 1, sigma)
 
 # %% ../nbs/lib/maps.ipynb #d63fa794
-def falling_ranks(
-    maps: Tensor,  # (images, h, w)
-) -> Tensor:       # the same shape, int64: 0 at the highest pixel of each map, then 1, …; of equal ones the first comes first
-    "The place of every pixel in the order of its map."
-    order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
-    return torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)).view_as(maps)
-
-
 def pixel_curves(
     model: nn.Module,          # gives logits
     start: Tensor,             # float (images, channels, h, w)
@@ -205,7 +196,8 @@ def pixel_curves(
     with evaluating(model), torch.no_grad():
         first, last, curves = chance(start), chance(end), {}
         for name, x in maps.items():
-            ranks = falling_ranks(x.to(start.device))[:, None]  # (images, 1, h, w)
+            ranks = x.to(start.device).flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1)
+            ranks = ranks.view_as(x)[:, None]  # (images, 1, h, w), 0 at the highest pixel
             between = [chance(torch.where(ranks < share * x[0].numel(), end, start)) for share in shares]
             curves[name] = torch.cat([first, *between, last], 1)
     return curves
