@@ -28,6 +28,7 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torchvision import models
 
+from tools import at_least, run
 from vision_course.core import pick_device, provenance
 from vision_course.data import Dataset, Split
 from vision_course.explain import grad_cam, target_layer
@@ -125,9 +126,9 @@ def main():
                         metavar="NAME:PIXELS",
                         help="course, or networks of torchvision, each with a size (default course:32 mobilenet_v2:128)")
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS), help="of network and images in memory (default both)")
-    parser.add_argument("--batch", type=int, default=64, help="images in the batch (default 64)")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds that count (default 9)")
-    parser.add_argument("--repeats", type=int, default=5, help="calls of each contender in a round (default 5)")
+    parser.add_argument("--batch", type=at_least(1), default=64, help="images in the batch (default 64)")
+    parser.add_argument("--rounds", type=at_least(1), default=9, help="rounds that count (default 9)")
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="calls of each contender in a round (default 5)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     options = parser.parse_args()
     for (name, size), order in product(options.networks, options.orders):  # each in a process whose memory no other has prepared
@@ -139,4 +140,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

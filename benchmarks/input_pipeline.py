@@ -28,6 +28,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from tools import at_least, run
 from vision_course.core import pick_device, provenance
 from vision_course.data import Batches, Split, augmentation, channel_statistics
 
@@ -128,9 +129,9 @@ def measure(images, labels, workers, rounds, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=10_000, help="images in an epoch (default 10,000)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds that count (default 3)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4], help="workers to try (default 0 1 2 4)")
+    parser.add_argument("--images", type=at_least(500), default=10_000, help="images in an epoch (default 10,000)")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="rounds that count (default 3)")
+    parser.add_argument("--workers", type=at_least(0), nargs="+", default=[0, 1, 2, 4], help="workers to try (default 0 1 2 4)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda, for the course's pipeline")
     options = parser.parse_args()
     pixels = np.random.default_rng(0).integers(0, 256, (options.images, SIZE, SIZE, 3), dtype=np.uint8)
@@ -148,4 +149,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tools import at_least, run
 from vision_course.core import provenance
 from vision_course.data import load
 from vision_course.explain import grad_cam
@@ -31,7 +32,7 @@ SCORES = {"points at the object": pointing_game, "share on the object": share_in
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path, default="outputs/shapes/exports/model.onnx", help="default: the network of chapter 8")
-    parser.add_argument("--images", type=int, default=300, help="validation images (default 300)")
+    parser.add_argument("--images", type=at_least(1), default=300, help="validation images (default 300)")
     options = parser.parse_args()
     data, predictor = load("shapes"), Predictor(options.model)
     split = data.valid.subset(torch.arange(options.images))
@@ -57,4 +58,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -25,6 +25,7 @@ import psutil
 import torch
 from PIL import Image
 
+from tools import at_least, run
 from vision_course.core import pick_device, provenance
 from vision_course.data import Batches, Split, augmentation, load
 
@@ -92,8 +93,8 @@ def in_a_process(case, count, place, **environment):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 50_000, 200_000], help="images of the sets (default 10,000 50,000 200,000)")
-    parser.add_argument("--files", type=int, default=20_000, help="PNG files in the folder (default 20,000)")
+    parser.add_argument("--counts", type=at_least(1000), nargs="+", default=[10_000, 50_000, 200_000], help="images of the sets (default 10,000 50,000 200,000)")
+    parser.add_argument("--files", type=at_least(1000), default=20_000, help="PNG files in the folder (default 20,000)")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -117,4 +118,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

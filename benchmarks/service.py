@@ -25,6 +25,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from tools import at_least, run
 from vision_course.core import provenance
 from vision_course.images import read_image
 from vision_course.predictor import Predictor
@@ -130,10 +131,10 @@ def memory(process, port, content, clients, requests):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path, default="outputs/shapes/exports/model.onnx", help="default: the network of chapter 8")
-    parser.add_argument("--clients", type=int, default=16, help="at once (default 16)")
-    parser.add_argument("--requests", type=int, default=1000, help="in all (default 1,000)")
-    parser.add_argument("--rounds", type=int, default=300, help="requests one at a time (default 300)")
-    parser.add_argument("--memory-requests", type=int, default=10_000, help="over which memory is watched (default 10,000)")
+    parser.add_argument("--clients", type=at_least(1), default=16, help="at once (default 16)")
+    parser.add_argument("--requests", type=at_least(1), default=1000, help="in all (default 1,000)")
+    parser.add_argument("--rounds", type=at_least(1), default=300, help="requests one at a time (default 300)")
+    parser.add_argument("--memory-requests", type=at_least(10), default=10_000, help="over which memory is watched (default 10,000)")
     options = parser.parse_args()
     content, predictor = picture(), Predictor(options.model)
     with service(options.model) as (process, port):
@@ -155,4 +156,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
+from tools import at_least, run
 from vision_course.core import fast_bfloat16, pick_device, provenance
 from vision_course.data import load
 from vision_course.resnet import resnet, resnet_recipe
@@ -72,6 +73,12 @@ def work_of_training(model, size):
 def first_time(seconds, scores, target):
     """When the target was reached, or None."""
     return next((second for second, score in zip(seconds, scores) if score >= target), None)
+
+
+def in_words(row, target):
+    """When the target was reached, or that it was not."""
+    after = row["seconds_to_target"]
+    return f"{target:.1%} of the validation images: " + (f"after {after:,.0f} s" if after else f"not reached in {row['seconds']:,.0f} s")
 
 
 def run_course(data, options, seed):
@@ -155,10 +162,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="cifar10", help="as in the chapters (default cifar10)")
     parser.add_argument("--target", type=float, default=0.94, help="validation accuracy to reach (default 0.94)")
-    parser.add_argument("--epochs", type=int, help="of the course's recipe (default: what the recipe says)")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings of the course's recipe (default 1)")
+    parser.add_argument("--epochs", type=at_least(1), help="of the course's recipe (default: what the recipe says)")
+    parser.add_argument("--seeds", type=at_least(1), default=1, help="trainings of the course's recipe (default 1)")
     parser.add_argument("--test", action="store_true", help="open the test split at the end of each training")
-    parser.add_argument("--tutorial-epochs", type=int, default=30, help="its OneCycle schedule is as long (default 30)")
+    parser.add_argument("--tutorial-epochs", type=at_least(1), default=30, help="its OneCycle schedule is as long (default 30)")
     parser.add_argument("--tutorial-seconds", type=float, default=60, help="of its training at most; 0 leaves it out (default 60)")
     options = parser.parse_args()
     device = pick_device()
@@ -174,6 +181,7 @@ def main():
         row["share_of_peak"] = row["images_per_second"] * work / peak[precision]
         rows.append(row)
         print("course:", json.dumps(row))
+        print(f"course, {in_words(row, options.target)}")
     for name in ("valid_accuracy", "test_accuracy", "test_accuracy_ten_views", "seconds"):
         values = [row[name] for row in rows if name in row]
         if values:
@@ -182,6 +190,7 @@ def main():
     if options.tutorial_seconds > 0:
         row, work = run_tutorial(data, options, device)
         row["share_of_peak"] = row["images_per_second"] * work / peak["float32"]
+        print(f"tutorial's ResNet-18, {in_words(row, options.target)}")
         ended = "run to the end" if row["finished"] else f"stopped early; its {row['epochs']} epochs would take {row['projected_seconds']:,.0f} s"
         print(f"tutorial's ResNet-18: {row['images_per_second']:,.0f} images a second, {row['share_of_peak']:.0%} of the peak, {ended}")
         report["tutorial"] = row
@@ -189,4 +198,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

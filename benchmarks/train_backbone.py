@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from tools import at_least, run
 from vision_course.core import output_folder, provenance
 from vision_course.augment import pixels_last, places, to_float
 from vision_course.data import AUGMENTATIONS, Split, load, windows
@@ -60,9 +61,9 @@ def scores(network, split):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=16, help="passes over the training images (default 16)")
-    parser.add_argument("--seed", type=int, default=0, help="of first weights, order and augmentation (default 0)")
-    parser.add_argument("--images", type=int, help="train on so many images only, to try the command")
+    parser.add_argument("--epochs", type=at_least(1), default=16, help="passes over the training images (default 16)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of first weights, order and augmentation (default 0)")
+    parser.add_argument("--images", type=at_least(1), help="train on so many images only, to try the command")
     parser.add_argument("--folder", type=Path, default=ASSETS, help="where the two files go (default: into the package)")
     options = parser.parse_args()
 
@@ -91,4 +92,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

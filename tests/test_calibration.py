@@ -7,7 +7,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from vision_course.calibration import (
     classwise_error, conformal_threshold, debiased_error, equal_mass_error, expected_calibration_error, fit_temperature,
-    fit_vector_scaling, load_calibration, prediction_sets, reliability_bins, risk_coverage, save_calibration,
+    fit_vector_scaling, load_calibration, load_or_calibrate, prediction_sets, reliability_bins, risk_coverage, save_calibration,
 )
 from vision_course.core import CourseError
 from vision_course.scores import bootstrap_interval, brier_decomposition, brier_score, luck_level, negative_log_likelihood
@@ -135,12 +135,37 @@ def test_too_few_images_promise_nothing():
     (lambda p, y: (p[:0], y[:0]), "empty"),
     (lambda p, y: (p[:3], y), "must be"),
     (lambda p, y: (p, y.float()), "whole numbers"),
+    (lambda p, y: (p, y > 0), "whole numbers"),
 ])
 def test_bad_input_is_one_clear_line(measure, spoil, words):
     logits, labels = forecaster(20)
     with pytest.raises(CourseError, match=words) as caught:
         measure(*spoil(logits.softmax(1), labels))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32])
+def test_labels_may_be_whole_numbers_of_any_type(measure, kind):
+    logits, labels = forecaster(20)
+    assert str(measure(logits.softmax(1), labels.to(kind))) == str(measure(logits.softmax(1), labels))
+
+
+def test_fitting_leaves_the_network_alone():
+    network, (images, labels) = torch.nn.Linear(10, 10).double(), forecaster(50)
+    factor, shift = fit_vector_scaling(network(images), labels)
+    assert fit_temperature(network(images), labels) > 0 and not factor.requires_grad and not shift.requires_grad
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_sets_are_made_of_probabilities_and_a_threshold():
+    logits, _ = forecaster(5)
+    for bad, threshold, words in ((logits, 0.5, "sum to 1"), (logits.softmax(1) * float("nan"), 0.5, "sum to 1"),
+                                  (logits.softmax(1), float("nan"), "from 0 to 1"), (logits.softmax(1), 2.0, "from 0 to 1")):
+        with pytest.raises(CourseError, match=words):
+            prediction_sets(bad, threshold)
+    with pytest.raises(CourseError, match="sum to 1"):
+        luck_level(expected_calibration_error, logits)
 
 
 @pytest.mark.parametrize("fit", [fit_temperature, fit_vector_scaling])
@@ -165,6 +190,9 @@ def test_calibration_belongs_to_its_weights(tmp_path):
     save_checkpoint(checkpoint, network, {"recipe": "short"})
     with pytest.raises(CourseError, match="not been calibrated"):
         load_calibration(checkpoint)
+    for values in ((0.0, 0.9, 0.1), (1.3, 2.0, 0.1), (float("nan"), 0.9, 0.1), (1.3, 0.9, 10)):
+        with pytest.raises(CourseError, match="must be above 0"):
+            save_calibration(checkpoint, *values, {})
     path = save_calibration(checkpoint, 1.3, 0.9, 0.1, {"ece": 0.02})
     assert path.name == "net-seed0.json"
     assert load_calibration(checkpoint) == {"temperature": 1.3, "threshold": 0.9, "miscoverage": 0.1, "measured": {"ece": 0.02}}
@@ -172,3 +200,12 @@ def test_calibration_belongs_to_its_weights(tmp_path):
     save_checkpoint(checkpoint, network, {"recipe": "short"})  # trained again
     with pytest.raises(CourseError, match="not been calibrated"):
         load_calibration(checkpoint)
+
+
+def test_another_miscoverage_is_another_threshold(tmp_path):
+    checkpoint, (logits, labels) = tmp_path / "net-seed0.safetensors", forecaster(400, seed=1)
+    save_checkpoint(checkpoint, torch.nn.Linear(2, 2), {})
+    with pytest.raises(CourseError, match="too few"):
+        load_or_calibrate(checkpoint, logits[:1], labels[:1])
+    one, again, other = (load_or_calibrate(checkpoint, logits, labels, miscoverage=rate) for rate in (0.1, 0.1, 0.3))
+    assert one == again and other["miscoverage"] == 0.3 and other["threshold"] < one["threshold"]

@@ -9,6 +9,8 @@ import pytest
 from conftest import HEAR_CTRL_C, after, refused
 from PIL import Image
 
+from vision_course.core import current_commit
+
 
 @pytest.fixture
 def command(command, tmp_path, monkeypatch):
@@ -50,6 +52,29 @@ def test_a_tracker_writes_its_log_and_an_unknown_one_is_refused(command, photos,
 def test_data_says_what_is_in_a_folder(command, photos):
     status, out, _ = command("data", photos)
     assert status == 0 and "2 classes" in out and "train" in out
+
+
+def test_publishing_into_other_folders_or_of_another_seed_is_refused_at_once(command, monkeypatch):
+    assert refused(command("report", "--publish"), "VISION_COURSE_OUTPUTS")
+    monkeypatch.delenv("VISION_COURSE_OUTPUTS")
+    monkeypatch.delenv("VISION_COURSE_DATA")
+    assert refused(command("report", "--publish", "--seed", "1"), "leave out --seed")
+
+
+def test_code_that_git_does_not_know_counts_as_a_change(tmp_path, monkeypatch):
+    git = lambda *words: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words], cwd=tmp_path, check=True,
+                                        capture_output=True)
+    (tmp_path / "settings.ini").write_text("")
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs" / "01.ipynb").write_text("{}")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("not code")
+    assert len(current_commit()) == 12
+    (tmp_path / "nbs" / "02.ipynb").write_text("{}")
+    assert current_commit().endswith("+changes")
 
 
 def test_unknown_data_sets_are_refused(command):

@@ -206,6 +206,14 @@ def maximum_over_all_bins(confidence, correct, bins=15, least=10):
     return max(abs(gap) for gap, _ in gaps_of(confidence, correct, bins, 1))
 
 
+def maximum_over_more_than_least(confidence, correct, bins=15, least=10):
+    return max((abs(gap) for gap, _ in gaps_of(confidence, correct, bins, least + 1)), default=0.0)
+
+
+def maximum_of_fifteen_bins(confidence, correct, bins=15, least=10):
+    return max((abs(gap) for gap, _ in gaps_of(confidence, correct, 15, least)), default=0.0)
+
+
 def maximum_or_nan(confidence, correct, bins=15, least=10):
     return max((abs(gap) for gap, _ in gaps_of(confidence, correct, bins, least)), default=float("nan"))
 
@@ -217,6 +225,11 @@ def risks_sorted(confidence, correct):
 
 def coverage_until_first_rise(confidence, correct, risk=0.02):
     return (risks_sorted(confidence, correct) <= risk).float().cumprod(0).mean().item()
+
+
+def coverage_below_risk(confidence, correct, risk=0.02):
+    places = (risks_sorted(confidence, correct) < risk).nonzero()
+    return (places.max().item() + 1) / len(correct) if len(places) else 0.0
 
 
 def count_at_risk(confidence, correct, risk=0.02):
@@ -249,6 +262,11 @@ def thresholds_by_quantile(probabilities, labels, miscoverage=0.1):
 def thresholds_cut_at_the_last(probabilities, labels, miscoverage=0.1):
     rank = lambda s: min(math.ceil((len(s) + 1) * (1 - miscoverage) - 1e-6), len(s))
     return torch.stack([s[rank(s) - 1] for s in class_scores(probabilities, labels)])
+
+
+def thresholds_at_ten_percent(probabilities, labels, miscoverage=0.1):
+    rank = lambda s: math.ceil((len(s) + 1) * 0.9 - 1e-6)
+    return torch.tensor([s[rank(s) - 1] if rank(s) <= len(s) else 1.0 for s in class_scores(probabilities, labels)])
 
 
 def one_threshold_for_all(probabilities, labels, miscoverage=0.1):
@@ -353,6 +371,7 @@ WRONG = [  # number, words that the text must hold, the answer
     ("5.2", "channels are averaged", lambda a, g: (mean_weights(g) * a).mean(1).relu()),
     ("5.2", "summed over places", lambda a, g: (g.sum((2, 3), keepdim=True) * a).sum(1).relu()),
     ("5.3", "falling order", deletion(lambda x: x.argsort())),
+    ("5.3", "with its sign", deletion(lambda x: x.abs().argsort(descending=True))),
     ("5.3", "stays deleted", deletion(falling, cumulative=False)),
     ("5.3", "missing at the start", deletion(falling, first=1)),
     ("5.3", "missing at the end", deletion(falling, last=-1)),
@@ -361,14 +380,18 @@ WRONG = [  # number, words that the text must hold, the answer
     ("6.1", "average", mean_of_gaps),
     ("6.1", "weighted", maximum_of_weighted_gaps),
     ("6.1", "least", maximum_over_all_bins),
+    ("6.1", "exactly `least`", maximum_over_more_than_least),
+    ("6.1", "Use `bins`", maximum_of_fifteen_bins),
     ("6.1", "NaN", maximum_or_nan),
     ("6.2", "fall back", coverage_until_first_rise),
+    ("6.2", "exactly the limit", coverage_below_risk),
     ("6.2", "number of images", count_at_risk),
     ("6.2", "share of images", confidence_at_risk),
     ("6.2", "Sort by confidence", coverage_unsorted),
     ("6.3", "new image counts", thresholds_without_the_new_image),
     ("6.3", "interpolates", thresholds_by_quantile),
     ("6.3", "two images", thresholds_cut_at_the_last),
+    ("6.3", "Use `miscoverage`", thresholds_at_ten_percent),
     ("6.3", "share one threshold", one_threshold_for_all),
     ("7.1", "that is the mask", lambda w: largest(w.reshape(-1, 4).abs()).view_as(w)),
     ("7.1", "Compare magnitudes", keep_by(largest)),

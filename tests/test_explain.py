@@ -296,6 +296,51 @@ def test_randomising_goes_from_the_last_layer_to_the_first():
     assert names[0] == "head" and names[-1] == "blocks.0.0" and len(names) == 5
 
 
+class Enlarging(nn.Module):
+    """A map of 8 × 8 places that is shrunk to 2 × 2, then to one place, and enlarged again; one layer is never run."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 4, 1))
+        self.pool, self.grow, self.head = nn.AdaptiveAvgPool2d(1), nn.Upsample(scale_factor=3), nn.Linear(36, 2)
+        self.spare = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        return self.head(self.grow(self.pool(self.body(x))).flatten(1))
+
+
+def test_a_map_that_was_enlarged_again_is_not_chosen():
+    model, images = Enlarging(), torch.rand(2, 3, 16, 16)
+    assert explain.target_layer(model, images) == "body"
+    with pytest.raises(CourseError, match="'spare': its output .no tensor came. is no map"):
+        explain.grad_cam(model, images, 0, "spare")
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_precision_and_inference_mode_do_not_matter(method):
+    model, images = ResNet(10), torch.rand(2, 3, 32, 32)
+    expected = method(model, images, 1)
+    with torch.inference_mode():
+        assert torch.equal(method(model, images.clone(), 1), expected)
+    assert error(method(model, images.double(), 1), expected) < 1e-6
+    assert method(copy.deepcopy(model).half(), images, 1).dtype == torch.float32
+
+
+class Greyed(nn.Module):
+    """A network whose first convolution sees other channels than the images have."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+    def forward(self, x):
+        return self.body(x.mean(1, keepdim=True))
+
+
+def test_channels_are_the_networks_business():
+    assert explain.grad_cam(Greyed(), torch.rand(2, 3, 8, 8), 0).shape == (2, 8, 8)
+
+
 def bad(words, call):
     return pytest.param(words, call, id=words)
 
@@ -316,6 +361,15 @@ def bad(words, call):
     bad("Name the layers", lambda m, x: explain.grad_cam(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4, 2)), x)),
     bad("steps (0)", lambda m, x: explain.integrated_gradients(m, x, steps=0)),
     bad("samples (0)", lambda m, x: explain.smooth_grad(m, x, samples=0)),
+    bad("cannot take them", lambda m, x: explain.saliency(m, x[..., :7, :7])),
+    bad("(3, 7, 7): ResNet cannot", lambda m, x: explain.grad_cam(m, x[..., :7, :7])),
+    bad("(2, 3, 32, 0)", lambda m, x: explain.grad_cam(m, x[..., :0])),
+    bad("of type torch.uint8", lambda m, x: explain.integrated_gradients(m, (x * 255).byte(), 0)),
+    bad("floats in [0, 1]", lambda m, x: explain.smooth_grad(m, (x * 255).byte(), 0)),
+    bad("of several places", lambda m, x: explain.grad_cam(m, x, 0, "pool")),
+    bad("a name, or a list", lambda m, x: explain.grad_cam(m, x, 0, m.stages)),
+    bad("at least one name", lambda m, x: explain.grad_cam(m, x, 0, [])),
+    bad("not a Sequential", lambda m, x: explain.grad_cam(m, x, 0, [m.stages])),
     bad("outputs of shape", lambda m, x: explain.saliency(m.stem, x)),
 ])
 def test_bad_input_is_one_clear_line(words, call):

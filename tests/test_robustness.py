@@ -1,5 +1,7 @@
 """Corruptions at other sizes and devices, and the promises of adversarial noise on a network with batch norm."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -123,13 +125,25 @@ def test_bad_images_are_one_clear_line(spoil, words, network, batch):
 
 def test_bad_requests_are_one_clear_line(network, batch):
     images, labels = batch
+    broken = copy.deepcopy(network)
+    nn.init.constant_(broken.head.weight, float("nan"))
     for call, words in (
         (lambda: corrupt(images, "defocus", 1), "defocus_blur"),
         (lambda: corrupt(images, "fog", 0), "1 to 5"),
         (lambda: pgd(network, images, labels + 10, 0.1), "classes 0 to 9"),
-        (lambda: pgd(network, images, labels[:3], 0.1), "have a label"),
+        (lambda: pgd(network, images, labels[:3], 0.1), "one an image"),
+        (lambda: pgd(network, images, labels > 0, 0.1), "whole numbers"),
+        (lambda: random_noise(images, float("nan")), "epsilon nan"),
+        (lambda: pgd(broken, images, labels, 0.1), "NaN or infinite"),
         (lambda: pgd(network, images, labels, -0.1), "epsilon"),
         (lambda: pgd(network, images, labels, 0.1, steps=0), "steps 0"),
     ):
         with pytest.raises(CourseError, match=words):
             call()
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_images_of_any_float_type_are_spoiled_alike(kind, dtype, batch):
+    images = (batch[0][:2] * 255).round() / 255
+    assert (corrupt(images.to(dtype), kind, 3) - corrupt(images.to(dtype).float(), kind, 3)).abs().max() < 1e-6

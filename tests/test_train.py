@@ -7,6 +7,7 @@ import sys
 import time
 from copy import deepcopy
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from vision_course import optim
 from vision_course.cli import trained_network
-from vision_course.core import CourseError
+from vision_course.core import CourseError, save_json
 from vision_course.data import Dataset, Split
 from vision_course.resnet import resnet_recipe
 from vision_course.train import (
@@ -244,18 +245,31 @@ def test_weights_that_come_with_the_project_stand_for_the_same_training_only(tmp
     target = pretrained_path("noise", "net", 0)
     target.parent.mkdir(parents=True)
     halves = deepcopy(trained.model).half()  # as they are shipped
-    save_checkpoint(target, halves, {**trained.info, "marked": True})
+    save_checkpoint(target, halves, {**trained.info, "marked": True, "precision": "float16"})
     for path in (kept, kept.with_suffix(".json")):
         path.unlink()
     found = load_or_train(linear, data, recipe)
     assert found.info["marked"] and kept.exists() and {p.dtype for p in found.model.parameters()} == {torch.float32}
     torch.testing.assert_close(found.model[0].weight, trained.model[0].weight, rtol=1e-3, atol=1e-3)
     assert "marked" not in load_or_train(linear, data, Recipe("net", 2, 64, learning_rate=0.01)).info  # another recipe
-    kept.unlink()
+    load_or_train(linear, data, recipe)  # a copy of them lies in the outputs now
     monkeypatch.setenv("VISION_COURSE_PRETRAINED", "no")
     assert "marked" not in load_or_train(linear, data, recipe).info
     monkeypatch.delenv("VISION_COURSE_PRETRAINED")
     kept.unlink()
+    beside = target.with_suffix(".json")
+    listed = tmp_path / "outputs" / "published" / "noise" / "hashes.json"
+    save_json(listed, {"files": {}, "weights": {path.name: sha256(path.read_bytes()).hexdigest() for path in (target, beside)}})
+    assert load_or_train(linear, data, recipe).info["marked"]
+    kept.unlink()
+    beside.write_text((told := beside.read_text()).replace('"seconds": ', '"seconds": 1'))
+    with pytest.raises(CourseError, match="noise-net-seed0.json: was changed after it was published"):
+        load_or_train(linear, data, recipe)
+    beside.unlink()
+    with pytest.raises(CourseError, match="noise-net-seed0.json: is missing beside"):
+        load_or_train(linear, data, recipe)
+    beside.write_text(told)
+    listed.unlink()
     target.write_bytes(target.read_bytes()[:-5])
     with pytest.raises(CourseError, match="noise-net-seed0.safetensors: (truncated|does not match)"):
         load_or_train(linear, data, recipe)

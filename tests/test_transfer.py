@@ -168,6 +168,9 @@ def test_a_plan_goes_through_its_phases_and_each_begins_where_the_last_ended(tmp
     assert same(runs[1].model.network.stem, state_of(start.stem))
     assert sorted(path.name for path in tmp_path.rglob("*.safetensors")) == [f"plan_{i}-seed0.safetensors" for i in (1, 2, 3)]
     again = tune(start, photos(), recipe, (1, 2, None))
+    for other in (tune(start, photos(), recipe, (2, 2, None)), tune(start, photos(), recipe, (1, 2, None), 0.25),
+                  tune(with_head(start, torch.nn.Linear(start.head.in_features, 3)), photos(), recipe, (1, 2, None))):
+        assert other[-1].info["key"] != again[-1].info["key"]  # another training, not what lies there under the name
     assert same(again[-1].model, state_of(runs[-1].model))
 
 
@@ -298,3 +301,17 @@ def test_latencies_are_positive_and_leave_the_networks_as_they_were():
     times = latencies(models, torch.rand(1, 3, 16, 16), rounds=4)
     assert set(times) == set(models) and all(value > 0 for value in times.values())
     assert models["one"].training and not models["other"].training
+
+
+@pytest.mark.parametrize("words, call", [
+    ("at least one part", lambda: tune(backbone("bundled", photos()), photos(), Recipe("none", 1), (0,))),
+    ("0 images of each class", lambda: few_images(photos(), 0, 16, seed=0)),
+    ("-1 parts", lambda: freeze(backbone("bundled", photos()), -1)),
+    ("2 rounds", lambda: latencies({}, torch.rand(1, 3, 16, 16), rounds=2)),
+    ("from 0 to 3", lambda: linear_probe(torch.rand(4, 5), torch.arange(4), 3, 0.1)),
+    ("not empty", lambda: linear_probe(torch.rand(0, 5), torch.arange(0), 3, 0.1)),
+])
+def test_bad_input_is_one_clear_line(words, call):
+    with pytest.raises(CourseError) as caught:
+        call()
+    assert words in str(caught.value) and "\n" not in str(caught.value)

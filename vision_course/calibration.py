@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .core import CourseError, load_json, save_json
 from .scores import binned_means, equal_width_bins
-from .scores import check_probabilities, check_scores, confidence_and_correct
+from .scores import check_bins, check_probabilities, check_rows, check_scores, confidence_and_correct
 
 # %% ../nbs/06_calibration.ipynb #4a95a931
 def binned_error(
@@ -68,6 +68,7 @@ def equal_mass_bins(
     bins: int,       # 1 or more
 ) -> Tensor:         # int64 (answers,), from 0 to bins - 1; equal values share a bin
     "The bin of each value, all bins of about the same count."
+    check_bins(bins)
     cuts = torch.arange(1, bins, device=values.device) * len(values) // bins - 1
     return torch.bucketize(values, values.sort().values[cuts.clamp(min=0)])
 
@@ -88,7 +89,7 @@ def classwise_error(
     bins: int = 15,         # of equal width, for each class
 ) -> float:                 # in [0, 1]; 0 is perfect
     "Calibration error of each class's probability, averaged over the classes (Nixon et al., 2019)."
-    check_probabilities(probabilities, labels)
+    labels = check_probabilities(probabilities, labels)
     classes = probabilities.shape[1]
     which = equal_width_bins(probabilities, bins)                           # (images, classes)
     which = which + bins * torch.arange(classes, device=labels.device)      # each class has bins of its own
@@ -114,7 +115,7 @@ def fit_temperature(
     labels: Tensor,  # (images,) class indices
 ) -> float:          # in [0.05, 20]; divide logits by it. Below 1 the network was not sure enough
     "The temperature with the lowest negative log-likelihood (Guo et al., 2017)."
-    check_scores(logits, labels)
+    labels = check_scores(logits, labels)
     logits = logits.double()
     behind = logits.gather(1, labels[:, None]) - logits  # (images, classes): how far behind the true one
     low, high = math.log(1 / 20), math.log(20)           # of 1 / temperature
@@ -130,9 +131,9 @@ def fit_vector_scaling(
     labels: Tensor,  # (images,) class indices
 ) -> tuple[Tensor, Tensor]:  # factor and shift of each class, (classes,): logits · factor + shift
     "A factor and a shift for each class, by negative log-likelihood (Guo et al., 2017)."
-    check_scores(logits, labels)
+    labels = check_scores(logits, labels)
     temperature = fit_temperature(logits, labels)
-    scaled = logits.double() / temperature
+    scaled = logits.detach().double() / temperature
     change = torch.zeros(2, logits.shape[1], dtype=torch.float64, device=logits.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([change], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -165,7 +166,7 @@ def conformal_threshold(
     miscoverage: float = 0.1,   # how often a set may miss the true class, in (0, 1)
 ) -> float:                     # in [0, 1]; 1, where images are too few, puts every class into every set
     "The score up to which a class belongs to the set of answers (split conformal prediction)."
-    check_probabilities(probabilities, labels)
+    labels = check_probabilities(probabilities, labels)
     if not 0 < miscoverage < 1:
         raise CourseError(f"miscoverage {miscoverage}: must lie between 0 and 1, such as 0.1.")
     scores = 1 - probabilities.gather(1, labels[:, None])[:, 0].double()
@@ -178,6 +179,9 @@ def prediction_sets(
     threshold: float,       # of `conformal_threshold`
 ) -> Tensor:                # bool (images, classes), True where the class belongs to the image's set
     "The set of answers for each image; it can be empty."
+    check_rows(probabilities)
+    if not 0 <= threshold <= 1:
+        raise CourseError(f"threshold {threshold}: must be from 0 to 1, as `conformal_threshold` gives it.")
     return 1 - probabilities.double() <= threshold
 
 # %% ../nbs/06_calibration.ipynb #5ddca3dd
@@ -189,6 +193,9 @@ def save_calibration(
     measured: dict,        # what else is to be known, such as errors before and after
 ) -> Path:                 # the JSON
     "Write what makes a network's probabilities usable into its checkpoint's JSON."
+    if not (0 < temperature < math.inf and 0 <= threshold <= 1 and 0 < miscoverage < 1):
+        raise CourseError(f"temperature {temperature}, threshold {threshold}, miscoverage {miscoverage}:"
+                          " must be above 0, from 0 to 1, and between 0 and 1.")
     path = Path(checkpoint).with_suffix(".json")
     values = {"temperature": temperature, "threshold": threshold,
               "miscoverage": miscoverage, "measured": measured}
@@ -215,8 +222,12 @@ def load_or_calibrate(
     seed: int = 0,             # which half is for the temperature, and which for the threshold
     miscoverage: float = 0.1,  # how often a set may miss the true class, in (0, 1)
 ) -> dict:                     # temperature, threshold, miscoverage, measured
-    "Read what was kept for these weights, or fit it on validation images as chapter 6 does."
-    if "calibration" not in load_json(Path(checkpoint).with_suffix(".json")):
+    "Read what was kept for these weights and this miscoverage, or fit it on validation images as chapter 6 does."
+    kept = load_json(Path(checkpoint).with_suffix(".json")).get("calibration")
+    if kept is None or kept["miscoverage"] != miscoverage:
+        labels = check_scores(logits, labels)
+        if len(labels) < 2:
+            raise CourseError("one image is too few to calibrate with: half of the images are for each of two numbers.")
         fitting, holding = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).chunk(2)
         temperature = fit_temperature(logits[fitting], labels[fitting])
         threshold = conformal_threshold((logits[holding] / temperature).softmax(1), labels[holding], miscoverage)

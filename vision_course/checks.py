@@ -437,7 +437,7 @@ def check_deletion(
     answer,  # the learner's function
 ) -> None:
     "5.3: `my_deletion_curve(score, image, attribution, steps)`."
-    image, attribution = torch.arange(1.0, 25).view(3, 2, 4).sqrt(), torch.tensor([[3.0, 7, 1, 5], [8, 2, 6, 4]])
+    image, attribution = torch.arange(1.0, 25).view(3, 2, 4).sqrt(), torch.tensor([[3.0, -7, 1, 5], [8, -2, 6, 4]])
     kept, score = image.clone(), lambda x: x.square().sum().item()
     came = answer(score, image, attribution, 4)
     if not torch.equal(image, kept):
@@ -449,6 +449,7 @@ def check_deletion(
     expect_none_of(came, {
         "the least important pixels go first. Sort in falling order.": curve(falling.flip(0)),
         "each step deletes its own pixels only. What was deleted stays deleted.": share.sum() - torch.stack([share[0, 0] * 0, *alone]),
+        "the sizes decide. Take the attribution as it is given, with its sign.": curve(attribution.abs().flatten().argsort(descending=True)),
         "the score of the whole image is missing at the start.": curve(falling)[1:],
         "the score of the black image is missing at the end.": curve(falling)[:-1],
     })
@@ -474,6 +475,12 @@ def check_maximum_error(
     came = answer(*few, 10, 10)
     expect_none_of(came, {"a bin with fewer answers than `least` counts too. Leave it out.": 0.65})
     expect(came, 0.15, "Only bins with at least `least` answers count.")
+    came = answer(*few, 10, 12)
+    expect_none_of(came, {"a bin that holds exactly `least` answers counts too.": 0.0})
+    expect(came, 0.15, "Only bins with at least `least` answers count.")
+    came = answer(torch.tensor([0.95] * 10 + [0.85] * 10), torch.tensor([1.0] * 15 + [0.0] * 5), 5, 10)
+    expect_none_of(came, {"the bins are narrower than was asked for. Use `bins`.": 0.35})
+    expect(came, 0.15, "With five bins these answers are all in one.")
     empty = answer(*few, 10, 13)
     if empty is not None and math.isnan(empty):
         raise Wrong("without any bin that is large enough the answer is NaN. Return 0.")
@@ -495,7 +502,9 @@ def check_coverage_at_risk(
         "the images are taken as they come, or the least sure first. Sort by confidence, descending.": 0.0,
     })
     expect(came, 6 / 8, "Sort by confidence, descending; the risk after k answers is their number of mistakes over k.")
-    expect(answer(confidence, correct, 0.4), 1.0, "At a risk of 0.4 all can be answered.")
+    came = answer(confidence, correct, 3 / 8)
+    expect_none_of(came, {"a risk of exactly the limit is allowed: at most `risk`, not less.": 7 / 8})
+    expect(came, 1.0, "At a risk of 3 / 8 all can be answered.")
     expect(answer(confidence, 1 - correct, 0.1), 0.0, "The surest answer is wrong here, and no coverage is safe enough: 0.")
 
 # %% ../nbs/lib/checks.ipynb #80d62a78
@@ -517,7 +526,11 @@ def check_class_thresholds(
         "two images cannot promise 90 %: the rank is 3. Give such a class the threshold 1.": [*right[:2], scores[2][1].item()],
         "all images share one threshold. Use each class's own images for its own.": [(1 - true).sort().values[29].item()] * 3,
     })
-    expect(came, right, "Scores of a class: 1 − probability of the true class, sorted; rank ceil((n + 1) · (1 − miscoverage)).")
+    rule = "Scores of a class: 1 − probability of the true class, sorted; rank ceil((n + 1) · (1 − miscoverage))."
+    expect(came, right, rule)
+    came = answer(probabilities, labels, 0.5)
+    expect_none_of(came, {"the miscoverage is not the one that was asked for. Use `miscoverage`.": right})
+    expect(came, [scores[0][5].item(), scores[1][10].item(), scores[2][1].item()], rule)
 
 # %% ../nbs/lib/checks.ipynb #4398d9fc
 @checks("7.1")

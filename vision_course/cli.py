@@ -71,15 +71,19 @@ def report(
     Example: vision-course report --dataset cifar10 --seed 1
     """
     os.environ["VISION_COURSE_DEVICE"] = device.value
-    from vision_course.core import current_commit, project_root, write_atomic
+    from vision_course.core import CourseError, current_commit, project_root, write_atomic
     from vision_course.published import publish, read_published, readme_text, require_commit
     from vision_course.report import make_report
 
     if publish_results:
+        if seed or {"VISION_COURSE_DATA", "VISION_COURSE_OUTPUTS"} & os.environ.keys():
+            raise CourseError("--publish keeps seed 0, in the project's own folders: leave out --seed, and unset"
+                              " VISION_COURSE_DATA and VISION_COURSE_OUTPUTS.")
         require_commit({"This report": {"provenance": {"commit": current_commit()}}})
-        if chapters:  # the others have to be there, and whole
+        readme_text()  # it will be renewed, so what it is made of must be whole now
+        if chapters:  # the others have to be there
             read_published(dataset)
-        else:  # the published weights are trained by the code that they are published with
+        else:  # a run that is published trains its own network
             os.environ["VISION_COURSE_PRETRAINED"] = "no"
     make_report(dataset, epochs, seed, chapters)
     if publish_results:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['capture', 'first_filters', 'feature_maps', 'predicted', 'input_gradients', 'saliency', 'smooth_grad',
-           'integrated_gradients', 'integrated_map', 'begin_graph', 'maps_and_gradients', 'target_layer',
+           'integrated_gradients', 'integrated_map', 'begin_graph', 'check_map', 'maps_and_gradients', 'target_layer',
            'mean_gradient', 'grad_cam', 'plus_plus_weights', 'grad_cam_plus_plus']
 
 # %% ../nbs/05_interpretability.ipynb #bb7b6fd3
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import CourseError
-from .maps import forward_pass, module_named, prepared, target_scores
+from .maps import forward_pass, module_named, prepared, saying_shape, target_scores
 from .train import evaluating
 
 # %% ../nbs/05_interpretability.ipynb #59fd8b26
@@ -83,10 +83,12 @@ def input_gradients(
     targets: Tensor | int | None = None,  # (images,) indices, or one for all; None: the predicted classes
 ) -> Tensor:                # float32, the images' shape
     "How each image's target logit changes with each of its numbers."
-    leaves = prepared(model, images).requires_grad_()
-    with evaluating(model), torch.enable_grad():
-        scores = target_scores(model(leaves.clone()), targets)
-    return torch.autograd.grad(scores, leaves, torch.ones_like(scores))[0].float()
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        leaves = prepared(model, images).requires_grad_()
+        with saying_shape(model, leaves):
+            logits = model(leaves.clone())
+        scores = target_scores(logits, targets)
+        return torch.autograd.grad(scores, leaves, torch.ones_like(scores))[0].float()
 
 
 def saliency(
@@ -107,8 +109,9 @@ def smooth_grad(
     seed: int = 0,          # of the noise
 ) -> Tensor:                # (images, h, w), at least 0
     "Saliency of the gradient averaged over noisy copies (Smilkov et al., 2017)."
-    if samples < 1 or noise < 0:
+    if samples < 1 or not noise >= 0:
         raise CourseError(f"smooth_grad: samples ({samples}) must be 1 or more, noise ({noise}) 0 or more.")
+    images = prepared(model, images)
     targets = predicted(model, images) if targets is None else targets
     generator, total = torch.Generator(images.device).manual_seed(seed), 0
     for _ in range(samples):
@@ -127,11 +130,13 @@ def integrated_gradients(
     "Gradients averaged on the straight path from a baseline, times its length (Sundararajan et al., 2017)."
     if steps < 1:
         raise CourseError(f"integrated_gradients: steps ({steps}) must be 1 or more.")
+    images = prepared(model, images)
     targets = predicted(model, images) if targets is None else targets
+    baseline = torch.as_tensor(baseline).to(images)
     path, total = images - baseline, 0
     for step in range(steps):
         total = total + input_gradients(model, baseline + (step + 0.5) / steps * path, targets)
-    return path.to(total.device) * total / steps
+    return path * total / steps
 
 
 def integrated_map(
@@ -151,6 +156,17 @@ def begin_graph(
     return output if output.requires_grad else output.detach().requires_grad_()
 
 
+def check_map(
+    name: str,              # of a layer
+    output: Tensor | None,  # of this layer; None: it put out no tensor
+) -> Tensor:                # the output
+    "Refuse what has no height and width."
+    if output is None or output.ndim != 4 or output[0, 0].numel() < 2:
+        shape = "no tensor came" if output is None else f"shape {tuple(output.shape)}"
+        raise CourseError(f"layer {name!r}: its output ({shape}) is no map of several places. Name an earlier layer.")
+    return output
+
+
 def maps_and_gradients(
     model: nn.Module,       # gives logits; is not changed
     images: Tensor,         # float (images, channels, h, w)
@@ -158,37 +174,35 @@ def maps_and_gradients(
     layers: Sequence[str],  # names of layers that put out (images, channels, h', w')
 ) -> list[tuple[Tensor, Tensor]]:  # for each layer its output and the gradient of the target logits there
     "Run the network once, with a graph only from the first of the layers on."
-    with evaluating(model), torch.no_grad(), capture(model, layers, begin_graph) as kept:
-        scores = target_scores(forward_pass(model, prepared(model, images)), targets)
-    for name in layers:
-        if name not in kept or kept[name].ndim != 4:
-            shape = tuple(kept[name].shape) if name in kept else "none"
-            raise CourseError(
-                f"layer {name!r}: its output (shape {shape}) is no map of (images, channels, height, width)."
-            )
-    outputs = [kept[name] for name in layers]
-    gradients = torch.autograd.grad(scores, outputs, torch.ones_like(scores), materialize_grads=True)
-    return [(output.detach().float(), gradient.float()) for output, gradient in zip(outputs, gradients)]
+    if not isinstance(layers, Sequence) or len(layers) == 0:
+        raise CourseError("layers: must be a name, or a list of at least one name.")
+    with evaluating(model), torch.inference_mode(False), capture(model, layers, begin_graph) as kept:
+        with torch.no_grad():
+            scores = target_scores(forward_pass(model, prepared(model, images)), targets)
+        outputs = [check_map(name, kept.get(name)) for name in layers]
+        gradients = torch.autograd.grad(scores, outputs, torch.ones_like(scores), materialize_grads=True)
+        return [(output.detach().float(), gradient.float()) for output, gradient in zip(outputs, gradients)]
 
 # %% ../nbs/05_interpretability.ipynb #8bd2b3cf
 def target_layer(
     model: nn.Module,  # with at least one convolution
     images: Tensor,    # float (images, channels, h, w); the first is sent through
 ) -> str:              # its name, such as "stages"
-    "The last layer that puts out a map of more than one place; of layers with the same output the outermost."
+    "The last layer with the smallest map of several places; of layers with the same output the outermost."
     names = [name for name, _ in model.named_modules() if name]
     convolutions = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     if not convolutions:
-        raise CourseError(f"{type(model).__name__}: has no convolutions, so no map for Grad-CAM to weigh.")
+        raise CourseError(f"{type(model).__name__}: has no convolutions, so no map to weigh. Name the layers.")
     with evaluating(model), torch.no_grad(), capture(model, names) as kept:
-        forward_pass(model, prepared(model, images[:1]))
+        forward_pass(model, prepared(model, images)[:1])
     first = next((i for i, name in enumerate(kept) if name in convolutions), 0)
-    maps = [name for name in list(kept)[first:] if kept[name].ndim == 4 and kept[name][0, 0].numel() > 1]
-    if not maps:
+    places = {name: kept[name][0, 0].numel() for name in list(kept)[first:] if kept[name].ndim == 4}
+    smallest = min((count for count in places.values() if count > 1), default=None)
+    if smallest is None:
         raise CourseError(
             f"{type(model).__name__}: every map is a single place. Name the layers, or give larger images."
         )
-    return maps[-1]
+    return [name for name, count in places.items() if count == smallest][-1]
 
 # %% ../nbs/05_interpretability.ipynb #4008126f
 def mean_gradient(

@@ -193,7 +193,7 @@ def attach(
 def quantise_tflite(
     path: Path,    # a float .tflite file
     target: Path,  # the file to write
-    batches: list[np.ndarray],  # uint8 (batch, h, w, 3), drawn by chance from the training split
+    batches: list[np.ndarray],  # uint8 (batch, h, w, 3), drawn at random from the training split
     metadata: dict[str, str],   # goes into the file
 ) -> Path:         # the target
     "Quantise a LiteRT file to 8 bits with ranges measured on images."

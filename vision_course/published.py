@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_BYTES', 'MOST_WEIGHTS', 'TERMS', 'copy_small', 'require_commit', 'epochs_given', 'results_page',
-           'number_in_words', 'publish_weights', 'published_folder', 'publish', 'read_published', 'published_table',
-           'readme_text']
+           'number_in_words', 'copy_weights', 'published_folder', 'assemble', 'publish', 'read_published',
+           'published_table', 'readme_text']
 
 # %% ../nbs/lib/published.ipynb #75383b34
 import os
@@ -17,6 +17,7 @@ from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
@@ -31,14 +32,19 @@ def copy_small(
     source: Path,  # a PNG
     target: Path,  # its copy, of at most `MOST_BYTES`
 ) -> Path:
-    "Copy a picture with at most 256 colours, and smaller if it must be."
+    "Copy a picture and its description with at most 256 colours; with fewer, and then smaller, if it must be."
+    if not source.exists():
+        raise CourseError(f"{source}: is missing. Run its chapter again.")
+    said = PngInfo()
     with Image.open(source) as picture:
+        said.add_itxt("Description", picture.info.get("Description", source.stem))
         picture = picture.convert("RGB")
     while True:
-        buffer = BytesIO()
-        picture.quantize(256).save(buffer, "png", optimize=True)
-        if buffer.tell() <= MOST_BYTES:
-            return write_atomic(target, buffer.getvalue())
+        for colours in (256, 128, 64):
+            buffer = BytesIO()
+            picture.quantize(colours).save(buffer, "png", optimize=True, pnginfo=said)
+            if buffer.tell() <= MOST_BYTES:
+                return write_atomic(target, buffer.getvalue())
         picture = picture.resize([round(0.85 * side) for side in picture.size], Image.Resampling.LANCZOS)
 
 # %% ../nbs/lib/published.ipynb #f52883cc
@@ -70,13 +76,14 @@ def _short_run(results):
 def results_page(
     dataset: str,              # of the run
     results: dict[str, dict],  # by chapter, each with its provenance and its execution
+    described: dict[str, str], # key figures by name, and what they show
 ) -> str:                      # Markdown
     "Headlines, key figures, and where they come from."
     rows, runs, figures = [], [], []
     for chapter, stored in results.items():
         values, made = stored["values"], stored["provenance"]
         rows += [f"| {row['what']} | {number_in_words(row['value'])} | {row.get('note', '')} |" for row in values.get("headline", [])]
-        figures += [f"![{name}]({name}.png)" for name in values.get("key_figures", [])]
+        figures += [f"![{described[name]}]({name}.png)" for name in values.get("key_figures", [])]
         how = stored["execution"]
         runs.append(f"| {chapter} | {how['seed']} | {how['epochs']} | {how['minutes']} | {made['commit']} | {made['time']} |")
     epochs = epochs_given(results)
@@ -116,32 +123,70 @@ MOST_WEIGHTS = 6_000_000  # bytes
 TERMS = "The weights are under the licence of this project (MIT). The training images are not part of it and keep their own terms."
 
 
-def publish_weights(
-    dataset: str,  # of a run that trained the residual network with seed 0
-) -> list[Path]:   # the weights and the JSON beside them, under data/pretrained/
-    "Keep the residual network of a run in half precision."
+def copy_weights(
+    dataset: str,              # of a run that trained the residual network with seed 0
+    results: dict[str, dict],  # of this run, by chapter
+    folder: Path,              # receives the weights and a JSON
+) -> None:
+    "Copy the residual network of a run in half precision, if it is the one of the results and its code was committed."
     source = output_folder(dataset) / "checkpoints" / "resnet-seed0.safetensors"
     info = load_json(source.with_suffix(".json"))
+    require_commit({source.name: info})
+    timed = results.get("03_resnet", {}).get("values", {}).get("seconds", {}).get("ResNet", [info.get("seconds")])
+    if info.get("seconds") != timed[0]:
+        raise CourseError(f"{source}: is another training than that of the results. Run vision-course report --publish again.")
     weights = load_safetensors(source.read_bytes())
     content = save_safetensors({name: value.half() if value.is_floating_point() else value for name, value in weights.items()})
     if len(content) > MOST_WEIGHTS:
         raise CourseError(f"{source}: {len(content) / 1e6:.1f} MB in half precision, at most {MOST_WEIGHTS / 1e6:.0f} are kept.")
-    target = pretrained_path(dataset, "resnet", 0)
     images = f"the training split of {info['dataset']}, as `data.load` cuts it with seed {info['data_seed']}"
     kept = {name: value for name, value in info.items() if name != "calibration"}
     kept |= {"precision": "float16", "terms": TERMS, "trained_on": images, "sha256": sha256(content).hexdigest()}
-    return [write_atomic(target, content), save_json(target.with_suffix(".json"), kept)]
+    target = folder / pretrained_path(dataset, "resnet", 0).name
+    write_atomic(target, content)
+    save_json(target.with_suffix(".json"), kept)
 
 # %% ../nbs/lib/published.ipynb #9ab69ecc
 def published_folder(
     dataset: str,  # of a published run
 ) -> Path:         # outputs/published/<dataset>; may not be there
-    "Where a published run is kept; one whose replacement was interrupted is put back."
+    "Where a published run is kept; one whose replacement was interrupted is put back, or ended if the new one is there."
     folder = output_folder("published") / run_name(dataset)
-    former = folder.with_name(f".{folder.name}.former")
+    former, staged = folder.with_name(f".{folder.name}.former"), folder / "weights"
     if former.exists() and not folder.exists():
         os.replace(former, folder)
+    for path in sorted(staged.glob("*")):
+        home = pretrained_path(dataset, "resnet", 0).with_name(path.name)
+        home.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, home)
+    if staged.exists():
+        staged.rmdir()
     return folder
+
+
+def assemble(
+    dataset: str,              # the data set of a finished run
+    results: dict[str, dict],  # by chapter, each with its provenance and its execution
+    made: Sequence[str],       # chapters whose figures are those of the run; those of the others stay as published
+    fresh: Path,               # receives everything that is published
+) -> None:
+    "Put together what a published run consists of."
+    described = {}
+    for chapter, stored in results.items():
+        save_json(fresh / f"{chapter}.json", stored)
+        for name in stored["values"].get("key_figures", []):
+            figures = output_folder(dataset) / "figures" if chapter in made else published_folder(dataset)
+            with Image.open(copy_small(figures / f"{name}.png", fresh / f"{name}.png")) as picture:
+                described[name] = picture.info["Description"]
+    write_atomic(fresh / "RESULTS.md", results_page(dataset, results, described))
+    sums = {"files": {path.name: _digest(path) for path in sorted(fresh.iterdir())}}
+    if len(made) < len(results):
+        sums["weights"] = load_json(published_folder(dataset) / "hashes.json")["weights"]
+    else:
+        if run_name(dataset) != "shapes" and epochs_given(results) is None:
+            copy_weights(dataset, results, fresh / "weights")
+        sums["weights"] = {path.name: _digest(path) for path in sorted((fresh / "weights").glob("*"))}
+    save_json(fresh / "hashes.json", sums)
 
 
 def publish(
@@ -158,29 +203,21 @@ def publish(
     kept = read_published(dataset) if chapters else {}
     renewed = {chapter: {**stored, "execution": _execution(dataset, chapter)} for chapter, stored in made.items()}
     results = dict(sorted((kept | renewed).items()))
+    given = {(stored["execution"]["seed"], stored["execution"]["epochs"]) for stored in results.values()}
+    if len(given) > 1:
+        raise CourseError(f"{dataset}: its chapters had different seeds or epochs. Publish a run of all chapters.")
     fresh, former = (target.with_name(f".{target.name}.{state}") for state in ("fresh", "former"))
     for leftover in (fresh, former):
         shutil.rmtree(leftover, ignore_errors=True)
-    for chapter, stored in results.items():
-        save_json(fresh / f"{chapter}.json", stored)
-        for name in (f"{figure}.png" for figure in stored["values"].get("key_figures", [])):
-            if chapter in made:
-                copy_small(source / "figures" / name, fresh / name)
-            else:
-                shutil.copyfile(target / name, fresh / name)
-    write_atomic(fresh / "RESULTS.md", results_page(dataset, results))
-    sums = {"files": {path.name: _digest(path) for path in sorted(fresh.iterdir())}}
-    if chapters:
-        sums["weights"] = load_json(target / "hashes.json")["weights"]
-    else:
-        worth = run_name(dataset) != "shapes" and epochs_given(results) is None
-        sums["weights"] = {path.name: _digest(path) for path in publish_weights(dataset)} if worth else {}
-    save_json(fresh / "hashes.json", sums)
-    if target.exists():
-        os.replace(target, former)
-    os.replace(fresh, target)
+    try:
+        assemble(dataset, results, list(made), fresh)
+        if target.exists():
+            os.replace(target, former)
+        os.replace(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     shutil.rmtree(former, ignore_errors=True)
-    return target
+    return published_folder(dataset)  # where the weights go to their place
 
 
 def _digest(path):
@@ -192,14 +229,25 @@ def read_published(
 ) -> dict[str, dict]:   # by chapter, each with its provenance
     "The results of a published run, if all of its files are there and none was edited."
     folder = published_folder(dataset)
+    what_to_do = "Restore it, or publish the run again."
     sums = load_json(folder / "hashes.json")
+    lists = list(sums.values()) if isinstance(sums, dict) and sums.keys() == {"files", "weights"} else [None]
+    if not all(isinstance(each, dict) for each in lists) or "RESULTS.md" not in sums["files"]:
+        raise CourseError(f"{folder / 'hashes.json'}: does not list files and weights. {what_to_do}")
     places = {"files": folder, "weights": pretrained_path(dataset, "resnet", 0).parent}
     for path, digest in ((places[kind] / name, digest) for kind in sums for name, digest in sums[kind].items()):
-        if not path.exists():
-            raise CourseError(f"{path}: is missing, though it was published. Restore it, or publish the run again.")
+        if not path.is_file():
+            raise CourseError(f"{path}: is missing, though it was published. {what_to_do}")
         if _digest(path) != digest:
-            raise CourseError(f"{path}: was changed after it was published. Restore it, or publish the run again.")
-    return {path.stem: load_json(path) for path in sorted(folder.glob("*.json")) if path.name in sums["files"]}
+            raise CourseError(f"{path}: was changed after it was published. {what_to_do}")
+    known = {*sums["files"], "hashes.json"}
+    for path in sorted(folder.iterdir()):
+        if path.name not in known and not path.name.startswith("."):
+            raise CourseError(f"{path}: was not published with the rest. Delete it, or publish the run again.")
+    results = {path.stem: load_json(path) for path in sorted(folder.glob("*.json")) if path.name in sums["files"]}
+    if [*results] != re.findall(r"^\| (\d\d_\w+) \|", (folder / "RESULTS.md").read_text(), re.M):
+        raise CourseError(f"{folder}: has other chapters than its RESULTS.md names. Restore them, or publish the run again.")
+    return results
 
 # %% ../nbs/lib/published.ipynb #8483281d
 def published_table(

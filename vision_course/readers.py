@@ -280,6 +280,8 @@ def read_tiny_imagenet(
             f"Unpack http://cs231n.stanford.edu/tiny-imagenet-200.zip into {root}."
         )
     codes = [entry.name for entry in class_folders(folder / "train")]
+    if len(codes) < 2:
+        raise CourseError(f"{folder / 'train'}: has {len(codes)} class folders, at least two are needed. Unpack the data set again.")
     files = [("train", codes.index(code), path) for code in codes for path in image_files(folder / "train" / code)]
     rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip()]
     files += [("test", codes.index(row[1]), folder / "val" / "images" / row[0]) for row in rows if row[1] in codes]
@@ -295,7 +297,7 @@ def names_in_words(
     codes: list[str],   # WordNet codes
 ) -> tuple[str, ...]:   # one name a code, all different
     "Translate WordNet codes into words."
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     words = dict(line.split("\t")[:2] for line in lines if "\t" in line)
     names = [words.get(code, code).split(",")[0] for code in codes]
     return tuple(f"{name} ({code})" if names.count(name) > 1 else name for name, code in zip(names, codes))

@@ -78,7 +78,7 @@ class ResNet(nn.Module):
         self.fixed = []  # names of parameters that never learn
 
     def forward(self, x: Tensor) -> Tensor:            # (batch, 3, h, w) in [0, 1]
-        x = self.stages(self.stem(self.normalise(x)))  # (batch, channels, h / 8, w / 8)
+        x = self.stages(self.stem(self.normalise(x)))  # (batch, channels, (h - 1) // 8, (w - 1) // 8)
         x = self.pool(x).flatten(1)                    # (batch, channels)
         return self.head(x)                            # (batch, classes) logits
 
@@ -178,7 +178,8 @@ def resnet_recipe(
     "How the course trains the residual network."
     many = len(dataset.train) >= 20_000
     known = {"shapes": 3, "cifar10": 12, "fashion_mnist": 8, "tiny_imagenet": 12}
-    epochs = epochs or known.get(dataset.name) or min(60, max(8, 300_000 // len(dataset.train)))
+    if epochs is None:
+        epochs = known.get(dataset.name) or min(60, max(8, 300_000 // len(dataset.train)))
     return Recipe(
         "resnet", epochs, batch_size=1000 if many else 100, optimizer="muon", learning_rate=0.24, schedule="linear",
         label_smoothing=0.2, weight_decay=0.24, lookahead=5, augment="alternate+crop",

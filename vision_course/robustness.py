@@ -24,7 +24,7 @@ def check_images(
     "Refuse what is no batch of images."
     if images.ndim != 4 or images.shape[1] != 3 or min(images.shape) == 0:
         raise CourseError(f"images of shape {tuple(images.shape)}: must be (images, 3, height, width), and not empty.")
-    x = to_float(images)
+    x = to_float(images).float()
     if not torch.isfinite(x).all():
         raise CourseError("images: some pixels are NaN or infinite. Mend or leave out those images.")
     if x.min() < 0 or x.max() > 1:
@@ -212,7 +212,7 @@ def corrupt(
         raise CourseError(f"severity {severity}: must be a whole number from 1 to 5.")
     x, (operation, levels) = check_images(images), CORRUPTIONS[kind]
     generator = torch.Generator(x.device).manual_seed(derive_seed(seed, list(CORRUPTIONS).index(kind)))
-    return operation(x, levels[severity - 1], generator).clamp(0, 1)
+    return operation(x, levels[int(severity) - 1], generator).clamp(0, 1)
 
 # %% ../nbs/lib/robustness.ipynb #d5d40802
 def _gradient_and_margin(model, x, labels):
@@ -221,6 +221,8 @@ def _gradient_and_margin(model, x, labels):
         logits = model(x).double()  # (images, classes); in double precision a sure network's gradient does not vanish
         if labels.min() < 0 or labels.max() >= logits.shape[1]:
             raise CourseError(f"labels from {labels.min()} to {labels.max()}: the network knows the classes 0 to {logits.shape[1] - 1}.")
+        if not logits.isfinite().all():
+            raise CourseError("the network's logits are NaN or infinite, so there is nothing to attack. Look at its weights.")
         gradient = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), x)[0]
     wrong = logits.detach().scatter(1, labels[:, None], -math.inf).amax(1)
     return gradient, wrong - logits.detach().gather(1, labels[:, None])[:, 0]
@@ -249,10 +251,12 @@ def pgd(
 ) -> Tensor:             # floats in [0, 1]: for each image the most adversarial point on the way
     "Search the epsilon-ball around each image for a point that the network gets wrong (Madry et al., 2018)."
     x, device = check_images(images), next(model.parameters()).device
-    if not 0 <= epsilon <= 1 or steps < 1 or len(labels) != len(x):
-        raise CourseError(f"epsilon {epsilon} must be in [0, 1], steps {steps} at least 1, and each of {len(x)} images have a label.")
+    if not 0 <= epsilon <= 1 or steps < 1:
+        raise CourseError(f"epsilon {epsilon} must be in [0, 1], and steps {steps} at least 1.")
+    if labels.shape != x.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise CourseError(f"labels {tuple(labels.shape)}: must be whole numbers ({len(x)},), one an image.")
     with evaluating(model):
-        parts = zip(x.to(device).split(batch_size), labels.to(device).split(batch_size))
+        parts = zip(x.to(device).split(batch_size), labels.long().to(device).split(batch_size))
         return torch.cat([_attacked(model, *part, epsilon, steps) for part in parts]).to(images.device)
 
 
@@ -275,5 +279,7 @@ def random_noise(
 ) -> Tensor:             # floats in [0, 1]
     "Change every pixel by epsilon, up or down by chance: as large as adversarial noise, and blind."
     x = check_images(images)
+    if not 0 <= epsilon <= 1:
+        raise CourseError(f"epsilon {epsilon}: must be in [0, 1].")
     generator = torch.Generator(x.device).manual_seed(derive_seed(seed))
     return (x + epsilon * torch.where(_random(generator, *x.shape) < 0.5, -1.0, 1.0)).clamp(0, 1)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MIXINGS', 'Recipe', 'small_cnn_recipe', 'seeds_for', 'predict', 'evaluating', 'mixed_precision', 'evaluate',
            'mix_batch', 'make_accelerator', 'Trainer', 'show_progress', 'demand_finite', 'save_state', 'load_state',
-           'fit', 'training_key', 'Trained', 'save_checkpoint', 'load_checkpoint', 'pretrained_path', 'made_by',
-           'untrained', 'checkpoint_path', 'find_checkpoint', 'load_or_train', 'train_and_describe', 'share_cores',
-           'train_aside', 'load_or_train_all', 'side_by_side', 'RateSearch', 'find_learning_rate', 'losses_at',
-           'endless', 'smoothed', 'shifted_views', 'predict_augmented']
+           'fit', 'training_key', 'Trained', 'save_checkpoint', 'load_checkpoint', 'pretrained_path', 'check_published',
+           'made_by', 'untrained', 'checkpoint_path', 'find_checkpoint', 'load_or_train', 'train_and_describe',
+           'share_cores', 'train_aside', 'load_or_train_all', 'side_by_side', 'RateSearch', 'find_learning_rate',
+           'losses_at', 'endless', 'smoothed', 'shifted_views', 'predict_augmented']
 
 # %% ../nbs/lib/train.ipynb #e757b8be
 import copy
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from vision_course.core import (
     CourseError, data_root, fast_bfloat16, hand_back_memory, load_json, locked, output_folder, pick_device, progress,
-    provenance, run_name, save_json, seed_everything, write_atomic,
+    project_root, provenance, run_name, save_json, seed_everything, write_atomic,
 )
 from .data import Batches, Dataset, Split, augmentation, cutmix, derive_seed, mixup
 from .gradients import fast_gradients
@@ -86,7 +86,8 @@ def small_cnn_recipe(
 ) -> Recipe:
     "How the course trains the small network."
     known = {"shapes": 6, "cifar10": 30, "fashion_mnist": 12, "tiny_imagenet": 20}
-    epochs = epochs or known.get(dataset.name) or min(60, max(8, 300_000 // len(dataset.train)))
+    if epochs is None:
+        epochs = known.get(dataset.name) or min(60, max(8, 300_000 // len(dataset.train)))
     return Recipe("small_cnn", epochs)
 
 # %% ../nbs/lib/train.ipynb #f4d13efa
@@ -430,8 +431,26 @@ def pretrained_path(
     name: str,     # of the recipe
     seed: int,     # of the training
 ) -> Path:         # "<dataset>-<name>-seed<seed>.safetensors"; may not be there
-    "Where weights that come with the project are kept."
-    return data_root() / "pretrained" / f"{run_name(dataset)}-{name}-seed{seed}.safetensors"
+    "Where weights that come with the project are kept, wherever the data sets are."
+    part = Path("pretrained") / f"{run_name(dataset)}-{name}-seed{seed}.safetensors"
+    own, moved = project_root() / "data" / part, data_root() / part
+    return own if own.exists() and not moved.exists() else moved
+
+
+def check_published(
+    path: Path,    # of `pretrained_path`
+    dataset: str,  # a data set's name
+) -> None:
+    "Refuse weights or a JSON that came with the project and were changed; those of which nothing is known may pass."
+    listed = path.parents[2] / "outputs" / "published" / run_name(dataset) / "hashes.json"
+    sums = load_json(listed).get("weights", {}) if listed.exists() else {}
+    pair = [path, path.with_suffix(".json")]
+    if any(each.exists() for each in pair):
+        for each in pair:
+            if not each.exists():
+                raise CourseError(f"{each}: is missing beside {path.stem}. Restore it, or delete the other one too.")
+            if each.name in sums and sha256(each.read_bytes()).hexdigest() != sums[each.name]:
+                raise CourseError(f"{each}: was changed after it was published. Restore it, or delete it and the file beside it.")
 
 
 def made_by(
@@ -439,10 +458,12 @@ def made_by(
     key: str,    # of `training_key`
 ) -> bool:
     "Whether a checkpoint is there, and the result of this very training."
-    if path.parent == pretrained_path("", "", 0).parent and os.environ.get("VISION_COURSE_PRETRAINED") == "no":
-        return False
     beside = path.with_suffix(".json")
-    return path.exists() and beside.exists() and load_json(beside).get("key") == key
+    if not (path.exists() and beside.exists()):
+        return False
+    info = load_json(beside)
+    brought = info.get("precision") == "float16"  # it came with the project, or is a copy of what did
+    return info.get("key") == key and not (brought and os.environ.get("VISION_COURSE_PRETRAINED") == "no")
 
 # %% ../nbs/lib/train.ipynb #59c5b8f2
 def untrained(
@@ -473,8 +494,11 @@ def find_checkpoint(
 ) -> Path | None:      # of this very training; None if nobody has made it
     "Look for the result of a training in the outputs, and among the weights that come with the project."
     key = training_key(model, dataset, recipe, seed)
-    places = checkpoint_path(dataset, recipe, seed), pretrained_path(dataset.name, recipe.name, seed)
-    return next((path for path in places if made_by(path, key)), None)
+    made, brought = checkpoint_path(dataset, recipe, seed), pretrained_path(dataset.name, recipe.name, seed)
+    if made_by(made, key):
+        return made
+    check_published(brought, dataset.name)
+    return brought if made_by(brought, key) else None
 
 # %% ../nbs/lib/train.ipynb #333e0257
 def load_or_train(

@@ -25,8 +25,9 @@ from .core import CourseError
 from .data import Dataset, Split
 from .readers import resized
 from .resnet import ResNet, ShortBlock, start_well
+from .scores import check_features
 from .train import Recipe, Trained, evaluating, load_or_train, predict
-from .weights import fetch_weights, load_backbone, load_weights
+from .weights import fetch_weights, load_backbone, load_weights, weights_digest
 
 # %% ../nbs/04_transfer_learning.ipynb #f28bbf92
 PHOTO_MEAN, PHOTO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which these were trained on
@@ -121,6 +122,7 @@ def linear_probe(
     weight_decay: float,  # above 0: half of it times the sum of squared weights is added to the loss
 ) -> nn.Linear:           # the head with the lowest loss
     "Logistic regression on features, solved to the end."
+    labels = check_features(x, labels, classes)
     head = nn.Linear(x.shape[1], classes).to(x)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -175,6 +177,8 @@ def freeze(
     count: int,          # how many parts to freeze, counted from the image; 0 or more
 ) -> None:
     "Stop parts from changing: no gradients, and batch normalisation uses its stored statistics and keeps them."
+    if count < 0:
+        raise CourseError(f"{count} parts to freeze: must be 0 or more.")
     for part in parts(network)[:count]:
         part.requires_grad_(False).eval()
 
@@ -220,13 +224,16 @@ def tune(
     decay: float = 0.5,              # rate of a part over the rate of the part after it, in (0, 1]
     seed: int = 0,                   # order, augmentation, share of the images
 ) -> list[Trained]:                  # a training for each phase; the models are `FineTuning`
-    "Train a network in phases."
+    "Train a network in phases; another start or another plan is another training."
+    if any(learning is not None and learning < 1 for learning in plan):
+        raise CourseError(f"plan {plan}: in each phase at least one part must learn.")
     runs = []
     for number, learning in enumerate(plan, 1):
         def build(_, network=network, learning=learning):
             return FineTuning(deepcopy(network), learning, decay)
 
         part = dataset.smaller(len(dataset.train) // len(plan), seed + number) if len(plan) > 1 else dataset
+        part = replace(part, fingerprint=f"{part.fingerprint}-{weights_digest(network)}-{learning}-{decay:g}")
         name = recipe.name if len(plan) == 1 else f"{recipe.name}_{number}"
         runs.append(load_or_train(build, part, replace(recipe, name=name), seed))
         network = runs[-1].model.network
@@ -240,6 +247,8 @@ def few_images(
     seed: int,         # which ones
 ) -> Dataset:          # the same data set with few training images
     "Keep few training images, and go over them many times in an epoch."
+    if per_class < 1:
+        raise CourseError(f"{per_class} images of each class: must be 1 or more.")
     few = dataset.smaller(per_class * len(dataset.classes), seed)
     count = max(seen, len(few.train))
     rows = torch.arange(len(few.train)).repeat(-(-count // len(few.train)))[:count]
@@ -252,6 +261,8 @@ def latencies(
     rounds: int = 15,              # in each of which every model has its turn; the first two don't count
 ) -> dict[str, float]:             # median milliseconds by name
     "How long each network takes for one image."
+    if rounds < 3:
+        raise CourseError(f"{rounds} rounds: must be 3 or more, since the first two don't count.")
     wait = torch.cuda.synchronize if image.is_cuda else lambda: None
     times = {name: [] for name in models}
     for _ in range(rounds):

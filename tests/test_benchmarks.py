@@ -1,0 +1,22 @@
+"""The benchmarks say in one line what is wrong with what they were given."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.mark.parametrize("words, said", [
+    (("input_pipeline", "--rounds", "0"), "must be 1 or more, not 0"),
+    (("time_to_accuracy", "--dataset", "shape"), "error: data set 'shape': not known"),
+    (("service", "none.onnx"), "none.onnx"),
+], ids=lambda value: "_".join(value) if isinstance(value, tuple) else "")
+def test_a_bad_option_ends_a_benchmark_with_one_line(words, said, tmp_path):
+    name, *options = words
+    environment = {**os.environ, "VISION_COURSE_OUTPUTS": str(tmp_path), "VISION_COURSE_DATA": str(tmp_path)}
+    done = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", *options], env=environment, capture_output=True, text=True)
+    assert done.returncode and "Traceback" not in done.stderr and said in done.stderr.splitlines()[-1]
