@@ -163,7 +163,7 @@ def published_folder(
         staged.rmdir()
     return folder
 
-
+# %% ../nbs/lib/published.ipynb #4c27ae99
 def assemble(
     dataset: str,              # the data set of a finished run
     results: dict[str, dict],  # by chapter, each with its provenance and its execution
@@ -188,7 +188,7 @@ def assemble(
         sums["weights"] = {path.name: _digest(path) for path in sorted((fresh / "weights").glob("*"))}
     save_json(fresh / "hashes.json", sums)
 
-
+# %% ../nbs/lib/published.ipynb #2f146b3d
 def publish(
     dataset: str,                           # the data set of a finished run
     chapters: Sequence[str] | None = None,  # numbers or names: renew only these, the others stay as published; None: all

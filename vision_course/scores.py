@@ -33,6 +33,7 @@ def check_scores(
     return labels.long()
 
 
+
 def check_features(
     x: Tensor,       # (images, channels)
     labels: Tensor,  # (images,) class indices, whole numbers of any type
@@ -45,7 +46,7 @@ def check_features(
         raise CourseError(f"labels from {labels.min()} to {labels.max()}: with {classes} classes they go from 0 to {classes - 1}.")
     return labels.long()
 
-
+# %% ../nbs/lib/scores.ipynb #a99bd03a
 def check_rows(
     probabilities: Tensor,  # (images, classes), at least one image
 ) -> None:
