@@ -15,7 +15,7 @@ from torchvision import models
 from vision_course import explain
 from vision_course import maps as judging
 from vision_course.cnn import SmallCNN
-from vision_course.core import CourseError
+from vision_course.core import CourseError, pick_device
 from vision_course.resnet import ResNet
 
 
@@ -383,6 +383,7 @@ def test_bad_input_is_one_clear_line(words, call):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_gives_the_maps_of_the_cpu():
+    pick_device("cuda")  # float32 without TF32
     model, _, images, targets = make("ours")
     expected = {name: method(model, images, targets) for name, method in METHODS.items() if name != "smooth_grad"}
     model.cuda()

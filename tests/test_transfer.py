@@ -21,6 +21,11 @@ from vision_course.transfer import (
 from vision_course.weights import read_weights, save_backbone, weights_file
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setenv("VISION_COURSE_DEVICE", "cpu")
+
+
 def photos(count=96, classes=3):
     """Images whose class is the channel that is brightest."""
     generator = torch.Generator().manual_seed(0)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'DatasetOption', 'EpochsOption', 'SeedOption', 'DeviceOption', 'TrackerOption', 'SkipBadOption', 'Device',
-           'Network', 'Format', 'SplitName', 'report', 'train', 'network_and_recipe', 'trained_network', 'evaluate',
-           'exported_scores', 'export', 'calibrated_network', 'predict', 'explain', 'explain_image', 'data', 'serve',
-           'main']
+           'Network', 'Format', 'SplitName', 'choose_device', 'report', 'train', 'network_and_recipe',
+           'trained_network', 'evaluate', 'exported_scores', 'export', 'calibrated_network', 'predict', 'explain',
+           'explain_image', 'data', 'serve', 'main']
 
 # %% ../nbs/lib/cli.ipynb #e51219c9
 import os
@@ -56,6 +56,14 @@ DeviceOption = Annotated[Device, typer.Option(help="auto takes the GPU where the
 TrackerOption = Annotated[Optional[str], typer.Option(help="tensorboard, wandb, …: log to outputs/DATASET/checkpoints/logs.")]
 SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out image files that cannot be read, and count them.")]
 
+
+def choose_device(
+    device: Device,  # what was asked for
+) -> None:
+    "Let the whole command compute there; auto leaves the choice to $VISION_COURSE_DEVICE, if it is set."
+    if device is not Device.auto:
+        os.environ["VISION_COURSE_DEVICE"] = device.value
+
 # %% ../nbs/lib/cli.ipynb #5f6cb9d6
 @app.command()
 def report(
@@ -70,7 +78,7 @@ def report(
 
     Example: vision-course report --dataset cifar10 --seed 1
     """
-    os.environ["VISION_COURSE_DEVICE"] = device.value
+    choose_device(device)
     from vision_course.core import CourseError, current_commit, project_root, write_atomic
     from vision_course.published import publish, read_published, readme_text, require_commit
     from vision_course.report import make_report
@@ -107,7 +115,7 @@ def train(
 
     Example: vision-course train small_cnn --dataset cifar10 --epochs 10
     """
-    os.environ["VISION_COURSE_DEVICE"] = device.value
+    choose_device(device)
     from vision_course.core import output_folder
     from vision_course.data import load
     from vision_course.train import load_or_train
@@ -167,7 +175,7 @@ def evaluate(
 
     Example: vision-course evaluate outputs/shapes/exports/model.int8.onnx --split test
     """
-    os.environ["VISION_COURSE_DEVICE"] = device.value
+    choose_device(device)
     if model.suffix in (".onnx", ".pt2", ".tflite"):
         scores = exported_scores(model, split.value)
     else:

@@ -112,7 +112,6 @@ def seed_everything(
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    torch.backends.cudnn.deterministic = True
 
 
 def pick_device(
@@ -121,12 +120,16 @@ def pick_device(
     "Choose what to compute on."
     if name == "auto":
         name = os.environ.get("VISION_COURSE_DEVICE") or "auto"
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":  # `accelerate launch --cpu` says so in a variable
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available()
+        name = "cpu" if on_cpu else "cuda"
     if name not in ("cpu", "cuda"):
         raise CourseError(f"device {name!r}: not known. Choose auto, cpu or cuda.")
     if name == "cuda" and not torch.cuda.is_available():
         raise CourseError("device 'cuda': this machine has no GPU that PyTorch can use. Choose auto or cpu.")
+    if name == "cuda":  # float32 is all of it, and not TF32; the same input gives the same output
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
     return torch.device(name)
 
 # %% ../nbs/lib/core.ipynb #36b6485b
@@ -188,14 +191,13 @@ def provenance() -> dict:  # commit, versions, device, threads, time
     }
 
 
-def device_in_words() -> str:  # such as "AMD EPYC, 2 cores with bfloat16" or "NVIDIA H200"
-    "Name what this process computes on."
-    if pick_device().type == "cuda":
-        return torch.cuda.get_device_name()
+def device_in_words() -> str:  # such as "AMD EPYC, 2 cores with bfloat16"; a GPU comes before it
+    "Name what this process computes on; the CPU always, as some things are timed there in any case."
+    gpu = f"{torch.cuda.get_device_name()}, " if pick_device().type == "cuda" else ""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     name = found.group(1).strip() if found else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores {'with' if fast_bfloat16(torch.device('cpu')) else 'without'} bfloat16"
+    return f"{gpu}{name}, {os.cpu_count()} cores {'with' if fast_bfloat16(torch.device('cpu')) else 'without'} bfloat16"
 
 
 # %% ../nbs/lib/core.ipynb #d36cf3c2

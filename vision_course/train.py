@@ -179,7 +179,7 @@ def make_accelerator(
     if tracker and tracker not in available:
         raise CourseError(f"tracker {tracker!r}: not installed or not known. Available here: {', '.join(available) or 'none'}.")
     device = pick_device()
-    AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
+    AcceleratorState._reset_state(reset_partial_state=PartialState(cpu=device.type == "cpu").num_processes == 1)
     precision = "bf16" if fast_bfloat16(device) else "no"
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, log_with=tracker, project_dir=logs)
 
@@ -342,7 +342,7 @@ def load_state(
     if not (trainer.state_file and trainer.state_file.exists()):
         return
     try:
-        state = torch.load(trainer.state_file, map_location=trainer.device, weights_only=True)
+        state = torch.load(trainer.state_file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file can raise anything
         raise CourseError(f"{trainer.state_file}: cannot be read ({type(error).__name__}). Delete it to train anew.") from None
     if state["key"] == trainer.key:
