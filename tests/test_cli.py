@@ -147,9 +147,13 @@ def test_ctrl_c_ends_in_status_130_and_keeps_the_state(course, photos):
 
 
 def test_importing_the_package_takes_less_than_three_seconds():
-    code = "import time; s = time.perf_counter(); import vision_course.train, vision_course.cli; print(time.perf_counter() - s)"
-    times = [float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(3)]
-    assert min(times) < 3, times
+    """Or little more than PyTorch and pandas take by themselves, on a machine where those need longer."""
+    def seconds(names):
+        code = f"import time; s = time.perf_counter(); import {names}; print(time.perf_counter() - s)"
+        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    ours, theirs = zip(*((seconds("vision_course.train, vision_course.cli"), seconds("torch, pandas")) for _ in range(3)))
+    assert min(ours) < max(3, 1.5 * min(theirs)), (ours, theirs)
 
 
 def test_two_processes_train_as_well_as_one(course):
