@@ -119,6 +119,12 @@ def test_conformal_sets_cover_as_promised():
         assert 1 - miscoverage - 0.012 < torch.stack(covered).mean() < 1 - miscoverage + 1 / (kept + 1) + 0.012
 
 
+def test_a_probability_that_rounding_took_above_one_gives_a_threshold_of_zero():
+    p = torch.tensor([[1 + 2e-7, 0.0]]).repeat(20, 1)
+    threshold = conformal_threshold(p, torch.zeros(20, dtype=torch.long))
+    assert threshold == 0 and prediction_sets(p, threshold)[:, 0].all()
+
+
 def test_too_few_images_promise_nothing():
     logits, labels = forecaster(5)
     threshold = conformal_threshold(logits.softmax(1), labels, 0.1)

@@ -169,7 +169,7 @@ def conformal_threshold(
     labels = check_probabilities(probabilities, labels)
     if not 0 < miscoverage < 1:
         raise CourseError(f"miscoverage {miscoverage}: must lie between 0 and 1, such as 0.1.")
-    scores = 1 - probabilities.gather(1, labels[:, None])[:, 0].double()
+    scores = (1 - probabilities.gather(1, labels[:, None])[:, 0].double()).clamp(min=0)  # rounding may exceed 1
     rank = math.ceil((len(scores) + 1) * (1 - miscoverage) - 1e-9)
     return scores.sort().values[rank - 1].item() if rank <= len(scores) else 1.0
 

@@ -24,6 +24,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from .cnn import Normalise
 from .core import CourseError
+from .scores import is_whole
 from .train import evaluating
 
 # %% ../nbs/lib/maps.ipynb #cbf00060
@@ -81,7 +82,7 @@ def target_scores(
         raise CourseError(f"the network gives outputs of shape {tuple(logits.shape)}: must be (images, classes).")
     count, classes = logits.shape
     targets = logits.argmax(1) if targets is None else torch.as_tensor(targets)
-    if targets.shape not in ((), (count,)) or targets.is_floating_point() or targets.dtype == torch.bool:
+    if targets.shape not in ((), (count,)) or not is_whole(targets):
         raise CourseError(f"targets of shape {tuple(targets.shape)}: must be {count} whole numbers, one an image, or one for all.")
     if not 0 <= int(targets.min()) <= int(targets.max()) < classes:
         raise CourseError(f"targets from {int(targets.min())} to {int(targets.max())}: must be from 0 to {classes - 1}.")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .augment import derive_seed, to_float, warp
 from .core import CourseError
+from .scores import is_whole
 from .train import evaluating
 
 # %% ../nbs/lib/robustness.ipynb #68030c05
@@ -253,7 +254,7 @@ def pgd(
     x, device = check_images(images), next(model.parameters()).device
     if not 0 <= epsilon <= 1 or steps < 1:
         raise CourseError(f"epsilon {epsilon} must be in [0, 1], and steps {steps} at least 1.")
-    if labels.shape != x.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+    if labels.shape != x.shape[:1] or not is_whole(labels):
         raise CourseError(f"labels {tuple(labels.shape)}: must be whole numbers ({len(x)},), one an image.")
     with evaluating(model):
         parts = zip(x.to(device).split(batch_size), labels.long().to(device).split(batch_size))
