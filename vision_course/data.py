@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'VALID_SHARE', 'AUGMENTATIONS', 'Dataset', 'channel_statistics', 'thumbnails', 'nearest', 'near_duplicates',
            'shapes_dataset', 'finish', 'load', 'mirror', 'random_flip', 'alternating_flip', 'windows', 'random_crop',
-           'cutout', 'mixup', 'cutmix', 'compose', 'augmentation']
+           'random_shift', 'cutout', 'mixup', 'cutmix', 'compose', 'augmentation']
 
 # %% ../nbs/01_data.ipynb #2acf3754
 import hashlib
@@ -250,6 +250,14 @@ def random_crop(
     picked = windows(padded, size)[every, top, left]  # (images, size, size · channels)
     return channels_first(picked.unflatten(2, (size, -1)))
 
+
+def random_shift(
+    images: Tensor,              # (images, channels, height, width), bytes or floats; square
+    generator: torch.Generator,  # on the images' device
+) -> Tensor:                     # the same shape and type
+    "Shift each image by up to a sixteenth of its width: half as far as `random_crop` does."
+    return random_crop(images, generator, images.shape[-1] // 16)
+
 # %% ../nbs/01_data.ipynb #124103fa
 def cutout(
     images: Tensor,              # (images, channels, height, width), bytes or floats; square
@@ -295,8 +303,8 @@ def cutmix(
 
 # %% ../nbs/01_data.ipynb #6e256c37
 AUGMENTATIONS = {
-    "flip": random_flip, "alternate": alternating_flip, "crop": random_crop, "cutout": cutout,
-    "erasing": random_erasing,
+    "flip": random_flip, "alternate": alternating_flip, "crop": random_crop, "shift": random_shift,
+    "cutout": cutout, "erasing": random_erasing,
     "rotate10": partial(rotate, degrees=10), "rotate15": partial(rotate, degrees=15), "quarter_turns": quarter_turns,
     "zoom": zoom, "jitter": colour_jitter, "randaugment": rand_augment,
 }

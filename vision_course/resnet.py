@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PlainBlock', 'ResidualBlock', 'ResNet', 'forward_hooks', 'ShortBlock', 'whitening_filters', 'coarse_stem',
-           'start_well', 'resnet', 'resnet_recipe', 'network_rows']
+           'whiten_stem', 'identity_start', 'quick_biases', 'start_well', 'resnet', 'resnet_recipe', 'network_rows']
 
 # %% ../nbs/03_resnet.ipynb #d89f8bcd
 from collections.abc import Callable
@@ -76,11 +76,16 @@ class ResNet(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(channels, classes)
         self.fixed = []  # names of parameters that never learn
+        self.rates = {}  # what the learning rate of a parameter is multiplied with, by name; 1 where it isn't named
 
     def forward(self, x: Tensor) -> Tensor:            # (batch, 3, h, w) in [0, 1]
         x = self.stages(self.stem(self.normalise(x)))  # (batch, channels, (h - 1) // 8, (w - 1) // 8)
         x = self.pool(x).flatten(1)                    # (batch, channels)
         return self.head(x)                            # (batch, classes) logits
+
+    def learning_rate_scales(self) -> dict[str, float]:
+        "The rates that the network asks for, by name of parameter."
+        return self.rates
 
 # %% ../nbs/03_resnet.ipynb #8d9e750f
 @contextmanager
@@ -139,17 +144,25 @@ def coarse_stem(
 
 # %% ../nbs/03_resnet.ipynb #371d1f8a
 @torch.no_grad()
-def start_well(
+def whiten_stem(
     model: nn.Module,  # a `ResNet`, untrained
     images: Tensor,    # uint8 (images, 3, h, w), from the training split
 ) -> nn.Module:        # the same
-    "Whiten in the stem, for good; let all other convolutions begin by passing on, and the head by saying little."
+    "Give the stem its whitening filters, for good."
     stem, (size, _) = model.stem[0], model.stem[0].kernel_size
     some = model.normalise(images[: 2_000 // size**2] / 255)  # half a million patches; of larger ones fewer will do
     filters = whitening_filters(some, size, stem.stride[0]).unflatten(0, (2, -1))
     stem.weight.copy_(filters[:, : stem.out_channels // 2].flatten(0, 1))
     stem.bias.zero_()
     stem.requires_grad_(False)
+    return model
+
+
+@torch.no_grad()
+def identity_start(
+    model: nn.Module,  # a `ResNet`, untrained
+) -> nn.Module:        # the same
+    "Let all convolutions after the stem begin by copying their channels, and the head by saying little."
     for module in model.stages.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.dirac_(module.weight[: module.in_channels])
@@ -158,6 +171,28 @@ def start_well(
     model.pool = nn.AdaptiveMaxPool2d(1)
     model.head.weight.div_(9)
     model.head.bias.zero_()
+    return model
+
+# %% ../nbs/03_resnet.ipynb #5b0e92a4
+def quick_biases(
+    model: nn.Module,       # a `ResNet`, untrained
+    rate: float = 20.0,     # of the biases of batch normalisation, in multiples of what the optimiser gives biases
+    momentum: float = 0.4,  # share of the newest batch in the statistics of batch normalisation, in (0, 1]
+) -> nn.Module:             # the same
+    "Let biases learn faster, and statistics follow sooner."
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+            model.rates[f"{name}.bias"] = rate
+    return model
+
+
+def start_well(
+    model: nn.Module,  # a `ResNet`, untrained
+    images: Tensor,    # uint8 (images, 3, h, w), from the training split
+) -> nn.Module:        # the same
+    "All of this: a stem that whitens, convolutions that pass on, biases that learn quickly."
+    quick_biases(identity_start(whiten_stem(model, images)))
     model.fixed = [name for name, p in model.named_parameters() if not p.requires_grad]
     return model
 
@@ -165,8 +200,9 @@ def start_well(
 def resnet(
     dataset: Dataset,  # gives classes, mean, std and the number of training images
 ) -> ResNet:           # untrained
-    "The residual network, made to measure for a data set: narrower where there are few images to learn from."
-    widths = (32, 128, 128) if len(dataset.train) < 20_000 else (96, 288, 320)
+    "The residual network, made to measure for a data set: narrow where images are few, wide where classes are many."
+    few, many = len(dataset.train) < 20_000, len(dataset.classes) >= 100
+    widths = (32, 128, 128) if few else (96, 288, 320) if many else (64, 256, 256)
     model = ResNet(len(dataset.classes), dataset.mean, dataset.std, widths, block=ShortBlock)
     return start_well(coarse_stem(model, dataset.image_size), dataset.train.images[:500])
 
@@ -177,12 +213,12 @@ def resnet_recipe(
 ) -> Recipe:
     "How the course trains the residual network."
     many = len(dataset.train) >= 20_000
-    known = {"shapes": 3, "cifar10": 12, "fashion_mnist": 8, "tiny_imagenet": 12}
+    known = {"shapes": 3, "cifar10": 8, "fashion_mnist": 8, "tiny_imagenet": 12}
     if epochs is None:
         epochs = known.get(dataset.name) or min(60, max(8, 300_000 // len(dataset.train)))
     return Recipe(
         "resnet", epochs, batch_size=1000 if many else 100, optimizer="muon", learning_rate=0.24, schedule="linear",
-        label_smoothing=0.2, weight_decay=0.24, lookahead=5, augment="alternate+crop",
+        label_smoothing=0.2, weight_decay=0.24, lookahead=5, augment="alternate+shift",
     )
 
 # %% ../nbs/03_resnet.ipynb #a0e91d94
