@@ -1,4 +1,4 @@
-"""The benchmarks say in one line what is wrong with what they were given."""
+"""What the benchmarks are given, and that they say in one line what is wrong with it."""
 
 import os
 import subprocess
@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from vision_course.data import load
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -20,3 +23,14 @@ def test_a_bad_option_ends_a_benchmark_with_one_line(words, said, tmp_path):
     environment = {**os.environ, "VISION_COURSE_OUTPUTS": str(tmp_path), "VISION_COURSE_DATA": str(tmp_path)}
     done = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", *options], env=environment, capture_output=True, text=True)
     assert done.returncode and "Traceback" not in done.stderr and said in done.stderr.splitlines()[-1]
+
+
+def test_all_images_are_those_of_training_and_validation(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from time_to_accuracy import with_validation_images
+
+    data = load("shapes", seed=1)
+    known = with_validation_images(data)
+    assert torch.equal(known.train.images[: len(data.train)], data.train.images) and known.test is data.test
+    assert torch.equal(known.train.labels, torch.cat([data.train.labels, data.valid.labels]))
+    assert torch.equal(known.train.images[len(data.train) :], data.valid.images)

@@ -425,7 +425,7 @@ print(hashlib.sha256(b"".join(x.numpy().tobytes() + y.numpy().tobytes() for x, y
     assert len(prints) == 1
 
 
-@pytest.mark.parametrize("name", ["flip", "crop", "cutout", "erasing", "rotate10", "rotate15", "quarter_turns", "zoom", "jitter", "randaugment"])
+@pytest.mark.parametrize("name", ["flip", "crop", "shift", "cutout", "erasing", "rotate10", "rotate15", "quarter_turns", "zoom", "jitter", "randaugment"])
 def test_augmentations_draw_for_each_image_and_keep_the_input(name):
     image = torch.rand(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     images = image.expand(64, -1, -1, -1).contiguous(memory_format=torch.channels_last)
@@ -437,6 +437,15 @@ def test_augmentations_draw_for_each_image_and_keep_the_input(name):
     whole = step((images * 255).byte(), torch.Generator().manual_seed(1))
     whole = whole if whole.is_floating_point() else whole.float() / 255
     assert (whole - out).abs().mean() < 0.02  # bytes and floats give the same picture
+
+
+@pytest.mark.parametrize(("name", "farthest"), [("shift", 2), ("crop", 4)])
+def test_shifts_go_as_far_as_they_say_and_no_farther(name, farthest):
+    image = torch.zeros(1, 3, 32, 32)
+    image[:, :, 16, 16] = 1
+    moved = augmentation(name)(image.expand(400, -1, -1, -1), torch.Generator().manual_seed(0))
+    down, right = (moved[:, 0] == 1).nonzero()[:, 1:].sub(16).T
+    assert len(down) == 400 and set(down.tolist()) == set(right.tolist()) == set(range(-farthest, farthest + 1))
 
 
 def test_two_processes_see_what_one_would():

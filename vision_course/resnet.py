@@ -148,13 +148,13 @@ def whiten_stem(
     model: nn.Module,  # a `ResNet`, untrained
     images: Tensor,    # uint8 (images, 3, h, w), from the training split
 ) -> nn.Module:        # the same
-    "Give the stem its whitening filters, for good."
+    "Give the stem its whitening filters, for good; only its biases learn."
     stem, (size, _) = model.stem[0], model.stem[0].kernel_size
     some = model.normalise(images[: 2_000 // size**2] / 255)  # half a million patches; of larger ones fewer will do
     filters = whitening_filters(some, size, stem.stride[0]).unflatten(0, (2, -1))
     stem.weight.copy_(filters[:, : stem.out_channels // 2].flatten(0, 1))
+    stem.weight.requires_grad_(False)
     stem.bias.zero_()
-    stem.requires_grad_(False)
     return model
 
 
@@ -176,10 +176,11 @@ def identity_start(
 # %% ../nbs/03_resnet.ipynb #5b0e92a4
 def quick_biases(
     model: nn.Module,       # a `ResNet`, untrained
-    rate: float = 20.0,     # of the biases of batch normalisation, in multiples of what the optimiser gives biases
+    rate: float = 20.0,     # of the biases before ReLUs, in multiples of what the optimiser gives to biases
     momentum: float = 0.4,  # share of the newest batch in the statistics of batch normalisation, in (0, 1]
 ) -> nn.Module:             # the same
     "Let biases learn faster, and statistics follow sooner."
+    model.rates["stem.0.bias"] = rate
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = momentum
@@ -200,9 +201,8 @@ def start_well(
 def resnet(
     dataset: Dataset,  # gives classes, mean, std and the number of training images
 ) -> ResNet:           # untrained
-    "The residual network, made to measure for a data set: narrow where images are few, wide where classes are many."
-    few, many = len(dataset.train) < 20_000, len(dataset.classes) >= 100
-    widths = (32, 128, 128) if few else (96, 288, 320) if many else (64, 256, 256)
+    "The residual network, made to measure for a data set: narrower where there are few images to learn from."
+    widths = (32, 128, 128) if len(dataset.train) < 20_000 else (96, 288, 320)
     model = ResNet(len(dataset.classes), dataset.mean, dataset.std, widths, block=ShortBlock)
     return start_well(coarse_stem(model, dataset.image_size), dataset.train.images[:500])
 
@@ -213,12 +213,13 @@ def resnet_recipe(
 ) -> Recipe:
     "How the course trains the residual network."
     many = len(dataset.train) >= 20_000
-    known = {"shapes": 3, "cifar10": 8, "fashion_mnist": 8, "tiny_imagenet": 12}
+    known = {"shapes": 3, "cifar10": 12, "fashion_mnist": 8, "tiny_imagenet": 12}
     if epochs is None:
         epochs = known.get(dataset.name) or min(60, max(8, 300_000 // len(dataset.train)))
     return Recipe(
         "resnet", epochs, batch_size=1000 if many else 100, optimizer="muon", learning_rate=0.24, schedule="linear",
-        label_smoothing=0.2, weight_decay=0.24, lookahead=5, augment="alternate+shift",
+        label_smoothing=0.2, weight_decay=0.24, lookahead=5,
+        augment="alternate+shift" if epochs < 10 else "alternate+crop",
     )
 
 # %% ../nbs/03_resnet.ipynb #a0e91d94
