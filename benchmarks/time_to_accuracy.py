@@ -12,7 +12,8 @@ of its epochs are projected, and the output says so. Both speeds are also given 
 measured in the same run. With --test the test split is opened at the end, for each seed, with one view and with ten.
 
 Records on CIFAR-10 are set with all 50,000 training images, of which the course keeps 5,000 for validation. --all-images gives
-them back once every choice is made: then nothing is chosen, and the test split, opened at the end, is the only judge.
+them back once every other choice is made. The validation images still say which epoch's weights are kept, though they are now
+among those to learn from; the test split, opened at the end, is the only judge.
 """
 
 import argparse
@@ -89,7 +90,8 @@ def in_words(row, target):
 def with_validation_images(data):
     """The data set with its validation images among those to learn from."""
     both = data.train, data.valid
-    return replace(data, train=Split(torch.cat([split.images for split in both]), torch.cat([split.labels for split in both])))
+    images, labels = torch.cat([split.images for split in both]), torch.cat([split.labels for split in both])
+    return replace(data, train=Split(images, labels))
 
 
 def run_course(data, options, seed):
@@ -178,7 +180,8 @@ def main():
     parser.add_argument("--epochs", type=at_least(1), help="of the course's recipe (default: what the recipe says)")
     parser.add_argument("--seeds", type=at_least(1), default=1, help="trainings of the course's recipe (default 1)")
     parser.add_argument("--test", action="store_true", help="open the test split at the end of each training")
-    parser.add_argument("--all-images", action="store_true", help="train on the validation images too, and judge by the test split")
+    parser.add_argument("--all-images", action="store_true",
+                        help="train the course's network on the validation images too; judge by the test split")
     parser.add_argument("--tutorial-epochs", type=at_least(1), default=30, help="its OneCycle schedule is as long (default 30)")
     parser.add_argument("--tutorial-seconds", type=float, default=60, help="of its training at most; 0 leaves it out (default 60)")
     options = parser.parse_args()

@@ -17,7 +17,7 @@ from vision_course import optim
 from vision_course.cli import trained_network
 from vision_course.core import CourseError, save_json
 from vision_course.data import Dataset, Split
-from vision_course.resnet import ResNet, ShortBlock, resnet_recipe, start_well
+from vision_course.resnet import ResNet, ShortBlock, quick_biases, resnet_recipe, start_well
 from vision_course.train import (
     Recipe, Trainer, evaluate, fit, load_checkpoint, load_or_train, load_or_train_all, pretrained_path, save_checkpoint,
     share_cores, training_key,
@@ -373,10 +373,10 @@ def test_bfloat16_is_chosen_only_where_it_is_no_slower(monkeypatch):
     assert chosen < 4 * in_float32
 
 
-def test_whitening_filters_stay_and_biases_before_relus_take_steps_twenty_times_as_long():
+def test_the_stem_stays_and_biases_of_batch_normalisation_take_steps_twenty_times_as_long():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (500, 3, 32, 32), dtype=torch.uint8)
-    model = start_well(ResNet(4, widths=(24, 24, 24), block=ShortBlock), images)
+    model = quick_biases(start_well(ResNet(4, widths=(24, 24, 24), block=ShortBlock), images))
     optimizer = optim.make_optimizer(model, Recipe("step", optimizer="muon", learning_rate=0.01))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
@@ -384,9 +384,10 @@ def test_whitening_filters_stay_and_biases_before_relus_take_steps_twenty_times_
     optimizer.step()  # the first of Nesterov's steps is 1.85 times the gradient
     moved = {name: (before[name] - p.detach()).abs().max().item() for name, p in model.named_parameters()}
     usual = 1.85 * 0.01 * optim.MUON_RATES[1]
-    assert model.fixed == ["stem.0.weight", *(name for name in moved if name.endswith((".2.weight", ".norm.weight")))]
+    scales = [name for name in moved if name.endswith((".2.weight", ".norm.weight"))]
+    assert model.fixed == ["stem.0.weight", "stem.0.bias", *scales]
     assert all(moved[name] == 0 for name in model.fixed)
     assert moved["head.bias"] == pytest.approx(usual, rel=1e-4)
-    biases = [name for name in moved if name.endswith("bias") and name != "head.bias"]
-    assert len(biases) == 7 and [moved[name] for name in biases] == pytest.approx([20 * usual] * 7, rel=1e-4)
+    biases = [name for name in moved if name.endswith("bias") and name not in ("head.bias", "stem.0.bias")]
+    assert len(biases) == 6 and [moved[name] for name in biases] == pytest.approx([20 * usual] * 6, rel=1e-4)
     assert {module.momentum for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)} == {0.4}

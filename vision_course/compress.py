@@ -228,6 +228,11 @@ class Pupil(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (batch, 3, h, w) in [0, 1] -> (batch, classes) logits
         return self.student(x)
 
+    def learning_rate_scales(self) -> dict[str, float]:
+        "The rates that the student asks for, by name of parameter."
+        rates = self.student.learning_rate_scales() if hasattr(self.student, "learning_rate_scales") else {}
+        return {f"student.{name}": rate for name, rate in rates.items()}
+
     def training_loss(self, images: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
         "What `fit` minimises: the teacher sees the same images, cropped and mirrored as they are."
         with evaluating(self.hidden[0]) as teacher, torch.no_grad():

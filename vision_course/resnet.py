@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PlainBlock', 'ResidualBlock', 'ResNet', 'forward_hooks', 'ShortBlock', 'whitening_filters', 'coarse_stem',
-           'whiten_stem', 'identity_start', 'quick_biases', 'start_well', 'resnet', 'resnet_recipe', 'network_rows']
+           'with_fixed', 'whiten_stem', 'identity_start', 'start_well', 'quick_biases', 'resnet', 'resnet_recipe',
+           'network_rows']
 
 # %% ../nbs/03_resnet.ipynb #d89f8bcd
 from collections.abc import Callable
@@ -143,26 +144,34 @@ def coarse_stem(
     return model
 
 # %% ../nbs/03_resnet.ipynb #371d1f8a
+def with_fixed(
+    model: nn.Module,  # a `ResNet`
+) -> nn.Module:        # the same
+    "Note which parameters never learn, for those who freeze and thaw a network later."
+    model.fixed = [name for name, p in model.named_parameters() if not p.requires_grad]
+    return model
+
+
 @torch.no_grad()
 def whiten_stem(
     model: nn.Module,  # a `ResNet`, untrained
     images: Tensor,    # uint8 (images, 3, h, w), from the training split
 ) -> nn.Module:        # the same
-    "Give the stem its whitening filters, for good; only its biases learn."
+    "Give the stem its whitening filters, for good."
     stem, (size, _) = model.stem[0], model.stem[0].kernel_size
     some = model.normalise(images[: 2_000 // size**2] / 255)  # half a million patches; of larger ones fewer will do
     filters = whitening_filters(some, size, stem.stride[0]).unflatten(0, (2, -1))
     stem.weight.copy_(filters[:, : stem.out_channels // 2].flatten(0, 1))
-    stem.weight.requires_grad_(False)
     stem.bias.zero_()
-    return model
+    stem.requires_grad_(False)
+    return with_fixed(model)
 
 
 @torch.no_grad()
 def identity_start(
     model: nn.Module,  # a `ResNet`, untrained
 ) -> nn.Module:        # the same
-    "Let all convolutions after the stem begin by copying their channels, and the head by saying little."
+    "Begin by copying channels after the stem, with fixed scales, pooling by maximum and a head that says little."
     for module in model.stages.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.dirac_(module.weight[: module.in_channels])
@@ -171,16 +180,23 @@ def identity_start(
     model.pool = nn.AdaptiveMaxPool2d(1)
     model.head.weight.div_(9)
     model.head.bias.zero_()
-    return model
+    return with_fixed(model)
+
+
+def start_well(
+    model: nn.Module,  # a `ResNet`, untrained
+    images: Tensor,    # uint8 (images, 3, h, w), from the training split
+) -> nn.Module:        # the same
+    "Whiten in the stem, for good; let all other convolutions begin by copying, and the head by saying little."
+    return identity_start(whiten_stem(model, images))
 
 # %% ../nbs/03_resnet.ipynb #5b0e92a4
 def quick_biases(
     model: nn.Module,       # a `ResNet`, untrained
-    rate: float = 20.0,     # of the biases before ReLUs, in multiples of what the optimiser gives to biases
+    rate: float = 20.0,     # of the biases of batch normalisation, in multiples of what the optimiser gives to biases
     momentum: float = 0.4,  # share of the newest batch in the statistics of batch normalisation, in (0, 1]
 ) -> nn.Module:             # the same
-    "Let biases learn faster, and statistics follow sooner."
-    model.rates["stem.0.bias"] = rate
+    "Let the biases of batch normalisation learn faster, and its statistics follow sooner."
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = momentum
@@ -188,23 +204,15 @@ def quick_biases(
     return model
 
 
-def start_well(
-    model: nn.Module,  # a `ResNet`, untrained
-    images: Tensor,    # uint8 (images, 3, h, w), from the training split
-) -> nn.Module:        # the same
-    "All of this: a stem that whitens, convolutions that pass on, biases that learn quickly."
-    quick_biases(identity_start(whiten_stem(model, images)))
-    model.fixed = [name for name, p in model.named_parameters() if not p.requires_grad]
-    return model
-
-
 def resnet(
     dataset: Dataset,  # gives classes, mean, std and the number of training images
 ) -> ResNet:           # untrained
-    "The residual network, made to measure for a data set: narrower where there are few images to learn from."
-    widths = (32, 128, 128) if len(dataset.train) < 20_000 else (96, 288, 320)
+    "The residual network, made to measure for a data set: narrower, and with quick biases, where images are few."
+    few = len(dataset.train) < 20_000
+    widths = (32, 128, 128) if few else (96, 288, 320)
     model = ResNet(len(dataset.classes), dataset.mean, dataset.std, widths, block=ShortBlock)
-    return start_well(coarse_stem(model, dataset.image_size), dataset.train.images[:500])
+    start_well(coarse_stem(model, dataset.image_size), dataset.train.images[:500])
+    return quick_biases(model) if few else model
 
 # %% ../nbs/03_resnet.ipynb #535a16b8
 def resnet_recipe(

@@ -201,6 +201,7 @@ class Trainer:
         self.batches = Batches(dataset.train, recipe.batch_size, augment, shuffle=True, seed=seed, device=self.device)
         self.batches.shard = (rank, world)
         self.optimizer = make_optimizer(self.plain, recipe)
+        self.first_rate = self.optimizer.param_groups[0]["lr"]  # before any schedule, with the factor of its group
         steps = recipe.epochs * len(self.batches)
         self.scheduler = make_scheduler(self.optimizer, recipe, steps)
         self.lookahead = Lookahead(self.plain, recipe.lookahead, steps)
@@ -273,7 +274,7 @@ class Trainer:
         row = {
             "epoch": epoch + 1, "train_loss": loss, "train_accuracy": accuracy,
             "valid_loss": scores[0]["loss"], "valid_accuracy": scores[0]["accuracy"],
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.recipe.learning_rate * self.optimizer.param_groups[0]["lr"] / self.first_rate,
             "images_per_second": seen * self.accelerator.num_processes / seconds, "seconds": seconds,
         }
         if self.recipe.schedule == "plateau":

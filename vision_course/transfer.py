@@ -24,7 +24,7 @@ from .cnn import Normalise
 from .core import CourseError
 from .data import Dataset, Split
 from .readers import resized
-from .resnet import ResNet, ShortBlock, start_well
+from .resnet import ResNet, ShortBlock, quick_biases, start_well
 from .scores import check_features
 from .train import Recipe, Trained, evaluating, load_or_train, predict
 from .weights import fetch_weights, load_backbone, load_weights, weights_digest
@@ -89,7 +89,7 @@ def backbone(
     classes = len(dataset.classes)
     if name == "bundled":
         network, images = ResNet(classes, dataset.mean, dataset.std, **BUNDLED), dataset.train.images[:500]
-        start_well(network, resized(images, min(BUNDLED_SIZE, dataset.image_size)))
+        quick_biases(start_well(network, resized(images, min(BUNDLED_SIZE, dataset.image_size))))
         if pretrained:
             load_backbone(network, Path(folder or str(files("vision_course") / "assets")))
         return shrinking(network, dataset.image_size)
