@@ -209,7 +209,7 @@ def main():
         row, work = run_tutorial(data, options, device)
         row["share_of_peak"] = row["images_per_second"] * work / peak["float32"]
         print(f"tutorial's ResNet-18, {in_words(row, options.target)}")
-        ended = "run to the end" if row["finished"] else f"stopped early; its {row['epochs']} epochs would take {row['projected_seconds']:,.0f} s"
+        ended = "run to the end" if row["finished"] else f"stopped early; to its end it would take {row['projected_seconds']:,.0f} s"
         print(f"tutorial's ResNet-18: {row['images_per_second']:,.0f} images a second, {row['share_of_peak']:.0%} of the peak, {ended}")
         report["tutorial"] = row
     print(json.dumps({**report, "provenance": provenance()}))
