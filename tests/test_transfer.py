@@ -119,8 +119,10 @@ def test_one_step_of_the_optimiser_moves_each_part_by_its_rate_and_frozen_ones_n
 def test_fit_trains_at_the_rates_that_the_network_asks_for():
     still, moving = FineTuning(small_network(), decay=1e-9), FineTuning(small_network(), decay=1.0)
     start = state_of(still)
+    recipe = Recipe("rates", 1, 32, learning_rate=0.01, schedule="constant", augment="none")
     for model in (still, moving):
-        fit(model, photos(), Recipe("rates", 1, 32, learning_rate=0.01, augment="none"))
+        history = fit(model, photos(), recipe)
+        assert history.learning_rate.tolist() == pytest.approx([0.01])  # the recipe's, not that of some part
     far = lambda model, name: (dict(model.named_parameters())[name] - start[name]).abs().max()
     assert far(still, "network.head.weight") > 1e-4 and far(still, "network.stem.0.weight") < 1e-6
     assert far(moving, "network.stem.0.weight") > 1e-4

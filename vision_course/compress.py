@@ -230,7 +230,7 @@ class Pupil(nn.Module):
 
     def learning_rate_scales(self) -> dict[str, float]:
         "The rates that the student asks for, by name of parameter."
-        rates = self.student.learning_rate_scales() if hasattr(self.student, "learning_rate_scales") else {}
+        rates = getattr(self.student, "learning_rate_scales", dict)()
         return {f"student.{name}": rate for name, rate in rates.items()}
 
     def training_loss(self, images: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
