@@ -15,6 +15,7 @@ the same for all contenders: PyTorch's usual one, or `channels_last`, which the 
 import argparse
 import copy
 import json
+import os
 import statistics
 import sys
 import time
@@ -129,8 +130,9 @@ def main():
     parser.add_argument("--batch", type=at_least(1), default=64, help="images in the batch (default 64)")
     parser.add_argument("--rounds", type=at_least(1), default=9, help="rounds that count (default 9)")
     parser.add_argument("--repeats", type=at_least(1), default=5, help="calls of each contender in a round (default 5)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute (default auto)")
     options = parser.parse_args()
+    os.environ["VISION_COURSE_DEVICE"] = pick_device(options.device).type  # for the processes, and for what they say of themselves
     for (name, size), order in product(options.networks, options.orders):  # each in a process whose memory no other has prepared
         process = get_context("spawn").Process(target=measure, args=(name, size, order, options))
         process.start()

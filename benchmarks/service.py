@@ -26,7 +26,7 @@ import psutil
 from PIL import Image
 
 from tools import at_least, run
-from vision_course.core import provenance
+from vision_course.core import CourseError, provenance
 from vision_course.images import read_image
 from vision_course.predictor import Predictor
 
@@ -56,6 +56,8 @@ def service(model):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()
+        if "http://127.0.0.1:" not in line:
+            raise CourseError(f"{model}: the service did not start. Try vision-course serve {model}.")
         yield process, int(line.split("http://127.0.0.1:")[1].split("/")[0])
     finally:
         process.terminate()
@@ -90,9 +92,16 @@ def load(port, content, clients, requests):
     times, errors, begin = [], [], threading.Barrier(clients + 1)
 
     def work(count):
-        client = Client(port, content)
-        client.ask()
-        begin.wait()
+        try:
+            client = Client(port, content)
+            client.ask()
+            begin.wait()
+        except threading.BrokenBarrierError:
+            return
+        except Exception as error:
+            errors.append(repr(error))
+            begin.abort()
+            return
         for _ in range(count):
             try:
                 times.append(seconds(client.ask))
@@ -104,7 +113,10 @@ def load(port, content, clients, requests):
     threads = [threading.Thread(target=work, args=(count,)) for count in counts]
     for thread in threads:
         thread.start()
-    begin.wait()
+    try:
+        begin.wait()
+    except threading.BrokenBarrierError:
+        raise CourseError(f"{clients} clients at once: not all of them got an answer ({errors[0]}).") from None
     start = time.perf_counter()
     for thread in threads:
         thread.join()

@@ -140,8 +140,9 @@ def accuracy_of(model, batches, device):
 
 
 def run_tutorial(data, options, device):
-    """SGD with OneCycle, in float32, until its epochs or its seconds are over."""
+    """SGD with OneCycle, in float32 with PyTorch's own settings, until its epochs or its seconds are over."""
     torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = True, False  # the course sets both the other way
     model = small_resnet18(len(data.classes)).to(device)
     batches, checks = tutorial_batches(data.train, data, True), tutorial_batches(data.valid, data, False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)

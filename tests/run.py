@@ -128,7 +128,9 @@ def pytest_counts():
 
 
 def main(words):
-    chosen = [path for path in notebooks() if not words or any(word in str(path) for word in words)]
+    chosen = [path for path in notebooks() if not words or any(word in str(path.relative_to(ROOT)) for word in words)]
+    if not chosen:
+        sys.exit(f"no notebook has {' or '.join(words)} in its name")
     results = [] if words else [timed("exported files", exported), timed("clean notebooks", clean)]
     os.environ.update(environment())
     os.chdir(ROOT)

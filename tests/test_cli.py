@@ -1,5 +1,6 @@
 """The command line: what a user can get wrong ends in one clear line and a non-zero status, with nothing half-written."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,12 @@ def command(command, tmp_path, monkeypatch):
     monkeypatch.setenv("VISION_COURSE_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setenv("VISION_COURSE_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("VISION_COURSE_DEVICE", "cpu")
-    return command
+
+    def run(*words):
+        monkeypatch.setenv("VISION_COURSE_SKIP_BAD", "")  # as in a process of its own
+        return command(*words)
+
+    return run
 
 
 @pytest.mark.parametrize("name", ["report", "train", "evaluate", "data"])
@@ -64,7 +70,7 @@ def test_publishing_into_other_folders_or_of_another_seed_is_refused_at_once(com
 def test_code_that_git_does_not_know_counts_as_a_change(tmp_path, monkeypatch):
     git = lambda *words: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words], cwd=tmp_path, check=True,
                                         capture_output=True)
-    (tmp_path / "settings.ini").write_text("")
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = vision_course\n")
     (tmp_path / "nbs").mkdir()
     (tmp_path / "nbs" / "01.ipynb").write_text("{}")
     git("init")
@@ -75,6 +81,8 @@ def test_code_that_git_does_not_know_counts_as_a_change(tmp_path, monkeypatch):
     assert len(current_commit()) == 12
     (tmp_path / "nbs" / "02.ipynb").write_text("{}")
     assert current_commit().endswith("+changes")
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = thesis\n")
+    assert current_commit() is None  # another project's commit says nothing about this code
 
 
 def test_unknown_data_sets_are_refused(command):
@@ -87,7 +95,21 @@ def test_a_corrupt_image_is_named_and_can_be_skipped(command, photos):
     bad.write_bytes(bad.read_bytes()[:60])
     assert refused(command("data", photos), bad, "--skip-bad")
     status, out, _ = command("data", photos, "--skip-bad")
-    assert status == 0 and "119" not in out and "skipped" in out and "1" in out
+    counts = [int(number) for number in re.findall(r"^  (?:train|valid|test) +(\d+) images", out, re.M)]
+    assert status == 0 and sum(counts) == 119 and f"skipped: 1 file: {bad}" in out
+    status, out, _ = command("train", "small_cnn", "--dataset", photos, "--epochs", 1, "--skip-bad")
+    assert status == 0 and "left out: 1" in out
+    checkpoint = out.split()[-1]
+    assert refused(command("evaluate", checkpoint), bad, "--skip-bad")
+    assert command("evaluate", checkpoint, "--skip-bad")[0] == 0
+
+
+def test_a_network_is_not_measured_on_a_folder_that_has_changed(command, photos):
+    status, out, _ = command("train", "small_cnn", "--dataset", photos, "--epochs", 1)
+    checkpoint = out.split()[-1]
+    assert status == 0 and command("evaluate", checkpoint)[0] == 0
+    Image.new("RGB", (8, 8), (200, 3, 2)).save(photos / "red" / "new.png")
+    assert refused(command("evaluate", checkpoint), checkpoint, "other images")
 
 
 def test_an_empty_class_and_a_single_class_are_refused(command, photos, tmp_path):

@@ -361,7 +361,21 @@ def test_tiny_imagenet_layout(tiny, root):
     data = load("tiny_imagenet", root)
     assert data.classes == ("crane (n01)", "crane (n02)", "goldfish")
     assert [len(split) for split in everything(data)] == [27, 3, 6]
-    assert data.test.labels.tolist() == [0, 1, 2, 0, 1, 2] and data.image_size == 64
+    assert data.image_size == 64
+    files = [tiny / "val" / "images" / f"val_{i}.JPEG" for i in range(6)]
+    sums = {int(np.asarray(Image.open(file).convert("RGB")).astype(int).sum()): i % 3 for i, file in enumerate(files)}
+    assert len(sums) == 6 and dict(zip(data.test.images.long().sum((1, 2, 3)).tolist(), data.test.labels.tolist())) == sums
+
+
+def test_any_part_of_a_folder_has_images_of_many_classes(root, tmp_path):
+    for k in range(5):
+        (tmp_path / "own" / f"class {k}").mkdir(parents=True)
+        for i in range(20):
+            picture(100 * k + i, (16, 16)).save(tmp_path / "own" / f"class {k}" / f"{i}.png")
+    data = load(str(tmp_path / "own"), root, image_size=16)
+    assert all(len(split.labels[:10].unique()) > 2 for split in everything(data))
+    again = load(str(tmp_path / "own"), root, image_size=16)
+    assert torch.equal(data.train.images, again.train.images) and data.fingerprint == again.fingerprint
 
 
 def test_tiny_imagenet_with_a_missing_image(tiny, root):

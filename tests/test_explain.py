@@ -147,7 +147,7 @@ def test_looking_changes_nothing(network, training):
         method(model, images[:2], targets[:2])
     explain.feature_maps(model, images[:2], [layer])
     explain.first_filters(model)
-    next(judging.randomised(model))
+    next(judging.randomised(model, images[:2]))
     with pytest.raises(ZeroDivisionError), explain.capture(model, [layer]):
         1 / 0
     assert same(before, snapshot(model)) and torch.equal(pixels, images) and torch.is_grad_enabled()
@@ -283,17 +283,39 @@ def test_guided_backprop_equals_captum():
 
 
 def test_randomising_goes_from_the_last_layer_to_the_first():
-    model = SmallCNN(10)
+    model, images = SmallCNN(10), torch.rand(8, 3, 32, 32)
     with torch.random.fork_rng():
         state = torch.get_rng_state()
         names = []
-        for name, copied in judging.randomised(model, seed=1):
+        for name, copied in judging.randomised(model, images, seed=1):
             names.append(name)
             changed = {n for n, m in model.named_modules() if hasattr(m, "weight")
                        and not torch.equal(m.weight, copied.get_submodule(n).weight)}
             assert changed == set(names)
         assert torch.equal(state, torch.get_rng_state())
     assert names[0] == "head" and names[-1] == "blocks.0.0" and len(names) == 5
+
+
+def test_statistics_are_those_of_the_images_and_nothing_else_changes():
+    model, images = SmallCNN(10), 5 + 3 * torch.rand(8, 3, 32, 32)
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    seen = []
+    handle = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    judging.measure_statistics(model, images)
+    handle.remove()
+    torch.testing.assert_close(norm.running_mean, seen[0].mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, seen[0].var((0, 2, 3)))
+    assert norm.momentum == 0.1 and model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()
+               if not name.endswith(("running_mean", "running_var", "num_batches_tracked")))
+
+
+def test_maps_are_float32_under_autocast():
+    model, images = SmallCNN(10).eval(), torch.rand(4, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for name, method in METHODS.items():
+            assert method(model, images).dtype == torch.float32, name
 
 
 class Enlarging(nn.Module):

@@ -182,6 +182,13 @@ def test_limits_of_parity():
     assert found.agreement == pytest.approx(0.984) and found.accuracy == pytest.approx(0.984)
     with pytest.raises(CourseError, match="98.40% of the answers are the same"):
         demand_parity(found, "tflite-int8")
+    bolder = before.copy()
+    bolder[:, 0] = np.where(before[:, 0] > 0.5, before[:, 0] + 0.06, before[:, 0] - 0.06)
+    bolder[:, 1] = 1 - bolder[:, 0]  # every answer is the same, but the calibration is gone
+    found = parity(before, bolder, labels)
+    assert found.agreement == 1 and found.drift == pytest.approx(0.06)
+    with pytest.raises(CourseError, match="off by 0.06 on average"):
+        demand_parity(found, "onnx-int8")
     with pytest.raises(CourseError, match="shapes"):
         parity(before, before[:3], labels)
 

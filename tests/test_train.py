@@ -15,6 +15,7 @@ import torch
 
 from vision_course import optim
 from vision_course.cli import trained_network
+from vision_course.cnn import SmallCNN
 from vision_course.core import CourseError, save_json
 from vision_course.data import Dataset, Split
 from vision_course.resnet import ResNet, ShortBlock, quick_biases, resnet_recipe, start_well
@@ -234,6 +235,25 @@ def test_a_checkpoint_of_another_network_is_made_anew(tmp_path, monkeypatch):
     runs = [load_or_train(build, small_dataset(), Recipe("net", 1, 64)) for build in (linear, plain, plain)]
     assert [len(run.model) for run in runs] == [4, 2, 2]
     assert runs[0].info["key"] != runs[1].info["key"] == runs[2].info["key"]
+
+
+def test_all_that_changes_a_training_changes_its_key():
+    def keyed(change=lambda model: None, recipe=Recipe("net", 1, 64), seed=0, dropout=0.0):
+        model = SmallCNN(2, (0.5,) * 3, (0.25,) * 3, dropout=dropout)
+        change(model)
+        return training_key(model, small_dataset(), recipe, seed)
+
+    keys = [
+        keyed(), keyed(seed=1), keyed(recipe=Recipe("net", 2, 64)), keyed(dropout=0.3),
+        keyed(lambda model: [setattr(m, "momentum", 0.4) for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]),
+        keyed(lambda model: next(model.parameters()).requires_grad_(False)),
+        keyed(lambda model: setattr(model, "learning_rate_scales", lambda: {"head.bias": 2.0})),
+        keyed(lambda model: setattr(model, "learning_rate_scales", lambda: {"head.bias": 3.0})),
+    ]
+    fewer = replace(small_dataset(), valid=small_dataset().valid.subset(range(5)))  # it chooses the epoch
+    keys.append(training_key(SmallCNN(2, (0.5,) * 3, (0.25,) * 3), fewer, Recipe("net", 1, 64), 0))
+    assert len(set(keys)) == len(keys)
+    assert keyed() == keys[0] == keyed(lambda model: next(model.parameters()).data.add_(1.0))  # first weights follow from the seed
 
 
 def test_weights_that_come_with_the_project_stand_for_the_same_training_only(tmp_path, monkeypatch):

@@ -182,7 +182,7 @@ def random_erasing(
     generator: torch.Generator,  # on the images' device
     largest: float = 0.33,       # greatest area of the box, as a share of the image's
 ) -> Tensor:                     # the same shape and type
-    "Cover a random box of every second image with a random colour (Zhong et al., 2017)."
+    "Cover a random box of each image with a random colour, with probability one half (Zhong et al., 2017)."
     count = len(images)
     area, ratio = uniform(generator, count, 0.02, largest), uniform(generator, count, -1.2, 1.2).exp()  # height / width
     sizes = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).clamp(max=1)

@@ -54,6 +54,7 @@ def from_memory(
 ) -> Iterator[tuple[Tensor, Tensor]]:  # uint8 (batch, height, width, 3) and labels
     "Pick each batch's rows from tensors on the device, where the split is moved once if there is room."
     if split.__dict__.get("_moved", (None,))[0] != device:
+        split._moved = (None,)  # makes room
         home = device if has_room(split, device) else torch.device("cpu")
         split._moved = (device, pixels_last(split.images).to(home), split.labels.to(home))
     _, pixels, labels = split._moved
@@ -94,6 +95,8 @@ class Batches:
         keep_freed_memory()  # each batch needs what the one before it has freed
         self.split, self.batch_size, self.augment = split, batch_size, augment
         self.shuffle, self.seed, self.device = shuffle, seed, torch.device(device)
+        if self.device == torch.device("cuda"):  # which of them, so that one card has one name
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.epoch = 0       # set it before iterating: order and augmentation depend on seed and epoch only
         self.shard = (0, 1)  # which process this is, of how many; each takes its part of every batch
         self.workers = 0     # processes that read a memory-mapped split

@@ -161,7 +161,7 @@ def risk_coverage(
 
 # %% ../nbs/06_calibration.ipynb #cba29630
 def conformal_threshold(
-    probabilities: Tensor,      # (images, classes) of images that nothing was fitted on
+    probabilities: Tensor,      # (images, classes) of images that neither weights nor temperature were fitted on
     labels: Tensor,             # (images,) class indices
     miscoverage: float = 0.1,   # how often a set may miss the true class, in (0, 1)
 ) -> float:                     # in [0, 1]; 1, where images are too few, puts every class into every set

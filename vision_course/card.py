@@ -103,13 +103,15 @@ def robustness_section(results: dict) -> list[str]:  # by chapter
     ordered = sorted(kinds.items(), key=lambda pair: mean(pair[1], "accuracy"))
     rows = [[kind.replace("_", " "), percent(mean(own, "accuracy")), percent(max(own, key=lambda row: row["severity"])["accuracy"]),
              f"{mean(own, 'ECE'):.3f}", percent(mean(own, "coverage of sets"))] for kind, own in ordered]
-    clean, attack = found["clean"], found["adversarial"]
+    clean, attack, counts = found["clean"], found["adversarial"], found.get("images", {})
     steps = [f"{percent(value)} at {radius:g}" for radius, value in zip(attack["epsilon_255"], attack["PGD, 10 steps"])]
     return [
-        f"On the test images that were spoiled, before that: accuracy {percent(clean['accuracy'])}, calibration error {clean['ECE']:.3f}. "
+        f"On {counts.get('corrupted', 'some')} of the test images, before they were corrupted: accuracy {percent(clean['accuracy'])}, "
+        f"calibration error {clean['ECE']:.3f}. "
         "Nothing was fitted again for the rows below; worst kinds first.", "",
         *table(["corruption", "accuracy, mean of 5 severities", "at the highest", "calibration error", "coverage of sets"], rows), "",
-        "Accuracy under adversarial noise (PGD, 10 steps, size in steps of 255): " + ", ".join(steps) + ".", "",
+        f"Accuracy under adversarial noise (PGD, 10 steps, largest change of a pixel in units of 1/255, {counts.get('attacked', 'some')} "
+        "images): " + ", ".join(steps) + ".", "",
         "![Accuracy under each corruption, a dot for each severity](figures/06_calibration-kinds.png)",
     ]
 
@@ -144,7 +146,8 @@ def files_section(results: dict) -> list[str]:  # by chapter
         "provenance are in its metadata. Each was compared with the network on every validation image.", "",
         *table(["file", "MB", "largest change of a probability", "same answers", "validation accuracy"], rows), "",
         f"A float file with a change above {limits['difference']:g}, or an INT8 file with less than "
-        f"{percent(limits['agreement'])} of the answers the same, would not have been kept.", "",
+        f"{percent(limits['agreement'])} of the answers the same or with probabilities that drift by more than {limits.get('drift', 1):g}, "
+        "would not have been kept.", "",
         "Milliseconds for one image on one thread: " + "; ".join(f"{name} {value:.2f}" for name, value in quick.items()) + ".",
         *_compression(results),
     ]
@@ -158,14 +161,15 @@ def _compression(results):
 
 def limit_section(results: dict) -> list[str]:  # by chapter
     "What no number here covers."
-    facts = results["08_export"]["facts"]
+    facts, kinds = results["08_export"]["facts"], {row["kind"] for row in results.get("06_calibration", {}).get("shift", [])}
     return [
         f"- Every image is cut to a square and resized to {facts['image_size']} × {facts['image_size']} pixels. What is smaller than "
         "that, or outside the square, is not seen.",
         "- Probabilities and sets are calibrated on images from the same source as the training data. On others they promise "
         "nothing, and do not say so.",
         "- The test images were drawn with the training images. A new camera, another country or a later year is another source.",
-        "- Robustness was measured against fifteen corruptions and one kind of attack; a stronger attack may exist.",
+        f"- Robustness was measured against {len(kinds)} kinds of corruption and one kind of attack; a stronger attack may exist." if kinds
+        else "- Robustness was not measured.",
         "- One trained network is described. Trained with another seed it makes other mistakes.",
     ]
 
@@ -208,8 +212,8 @@ def model_card(
         raise CourseError("model card: chapter 8 has not run with this data set. Run vision-course report --chapter 08 first.")
     facts = results["08_export"]["facts"]
     lines = [f"# Model card: {facts['network']} on {Path(facts['dataset']).name}", "",
-             f"An image classifier for {len(facts['classes'])} classes. Every number on this page was measured by the run that "
-             "made the network.", ""]
+             f"An image classifier for {len(facts['classes'])} classes. Every number on this page was measured by a chapter of "
+             "the course; none was typed in.", ""]
     for heading, (write, chapters) in SECTIONS.items():
         missing = [chapter for chapter in chapters if chapter not in results]
         try:

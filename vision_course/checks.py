@@ -531,6 +531,8 @@ def check_class_thresholds(
     came = answer(probabilities, labels, 0.5)
     expect_none_of(came, {"the miscoverage is not the one that was asked for. Use `miscoverage`.": right})
     expect(came, [scores[0][5].item(), scores[1][10].item(), scores[2][1].item()], rule)
+    wider = F.pad(probabilities, (0, 1))  # a fourth class, of which there is no image
+    expect(answer(wider, labels, 0.1), [*right, 1.0], "a class without images promises nothing: give it the threshold 1.")
 
 # %% ../nbs/lib/checks.ipynb #4398d9fc
 @checks("7.1")

@@ -58,11 +58,14 @@ SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out image
 
 
 def choose_device(
-    device: Device,  # what was asked for
+    device: Device,         # what was asked for
+    skip_bad: bool = False, # leave out image files that cannot be read
 ) -> None:
     "Let the whole command compute there; auto leaves the choice to $VISION_COURSE_DEVICE, if it is set."
     if device is not Device.auto:
         os.environ["VISION_COURSE_DEVICE"] = device.value
+    if skip_bad:
+        os.environ["VISION_COURSE_SKIP_BAD"] = "1"
 
 # %% ../nbs/lib/cli.ipynb #5f6cb9d6
 @app.command()
@@ -72,13 +75,14 @@ def report(
     seed: SeedOption = 0,                    # 0 or more
     device: DeviceOption = Device.auto,      # what to compute on
     chapters: Annotated[Optional[list[str]], typer.Option("--chapter", help="Only this chapter, such as 02; may be given several times.")] = None,  # None: all
+    skip_bad: SkipBadOption = False,         # leave out files that cannot be read
     publish_results: Annotated[bool, typer.Option("--publish", help="Keep results, key figures and weights with the code, and renew the README; with --chapter, renew these chapters only.")] = False,  # for those who maintain the course
 ):
     """Run every chapter and write the HTML report to outputs/DATASET/report/index.html.
 
     Example: vision-course report --dataset cifar10 --seed 1
     """
-    choose_device(device)
+    choose_device(device, skip_bad)
     from vision_course.core import CourseError, current_commit, project_root, write_atomic
     from vision_course.published import publish, read_published, readme_text, require_commit
     from vision_course.report import make_report
@@ -115,16 +119,18 @@ def train(
 
     Example: vision-course train small_cnn --dataset cifar10 --epochs 10
     """
-    choose_device(device)
+    choose_device(device, skip_bad)
     from vision_course.core import output_folder
     from vision_course.data import load
     from vision_course.train import load_or_train
 
-    found = load(dataset, seed=seed, skip_bad=skip_bad)
+    found = load(dataset, seed=seed)
     build, recipe = network_and_recipe(network.value, found, epochs)
     trained = load_or_train(build, found, recipe, seed, tracker)
     if int(os.environ.get("RANK", 0)) == 0:
-        info = trained.info
+        info, left_out = trained.info, len(found.notes.get("skipped", []))
+        if left_out:
+            typer.echo(f"files that cannot be read and were left out: {left_out}")
         typer.echo(
             f"{network.value} on {dataset}, seed {seed}: validation accuracy {info['valid_accuracy']:.2%} "
             f"(epoch {info['best_epoch']} of {info['recipe']['epochs']}), {info['seconds']:.0f} s of training; "
@@ -159,6 +165,10 @@ def trained_network(
     if not isinstance(info, dict) or info.get("network") not in [network.value for network in Network]:
         raise CourseError(f"{checkpoint}: its JSON names no network of this course. Use a file that `vision-course train` wrote.")
     data = load(info["dataset"], seed=info["data_seed"])
+    whole = info["recipe"]["name"] == info["network"]  # not a study on a part of the data
+    if whole and info.get("training_data", data.fingerprint) != data.fingerprint:
+        raise CourseError(f"{checkpoint}: was trained on other images than {info['dataset']} holds now, so the splits are others. "
+                          "Train it again.")
     build, _ = network_and_recipe(info["network"], data)
     model = build(data)
     load_checkpoint(checkpoint, model)
@@ -170,12 +180,13 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="A checkpoint (.safetensors) or an exported file (.onnx, .pt2, .tflite).")],  # of this course
     split: Annotated[SplitName, typer.Option(help="Which split to look at.")] = SplitName.valid,    # which split
     device: DeviceOption = Device.auto,      # what to compute on; exported files run on the CPU
+    skip_bad: SkipBadOption = False,         # leave out files that cannot be read
 ):
     """Measure a network, in any form that the course writes, on a split of the data set that it was trained on.
 
     Example: vision-course evaluate outputs/shapes/exports/model.int8.onnx --split test
     """
-    choose_device(device)
+    choose_device(device, skip_bad)
     if model.suffix in (".onnx", ".pt2", ".tflite"):
         scores = exported_scores(model, split.value)
     else:
@@ -201,6 +212,9 @@ def exported_scores(
     data = load(facts["dataset"], seed=facts["provenance"]["data_seed"], image_size=facts["image_size"])
     if list(data.classes) != facts["classes"]:
         raise CourseError(f"{path}: knows other classes than data set {data.name!r} has now. Export it again.")
+    if facts["provenance"].get("training_data", data.fingerprint) != data.fingerprint:
+        raise CourseError(f"{path}: its network was trained on other images than data set {data.name!r} holds now, so the splits are"
+                          " others. Train and export it again.")
     return evaluate_exported(opened, getattr(data, split))
 
 # %% ../nbs/lib/cli.ipynb #dea799dd
@@ -212,11 +226,13 @@ def export(
     epochs: EpochsOption = None,             # None: what the recipe says
     seed: SeedOption = 0,                    # of the training
     triton: Annotated[Optional[Path], typer.Option(help="Also write a model repository for NVIDIA Triton into this folder.")] = None,  # a folder
+    skip_bad: SkipBadOption = False,         # leave out files that cannot be read
 ):
     """Write a trained network with its preprocessing and calibration to outputs/DATASET/exports, and check that it answers the same.
 
     Example: vision-course export --format onnx --format onnx-int8 --triton models/
     """
+    choose_device(Device.auto, skip_bad)
     from vision_course.core import output_folder
     from vision_course.export import export_model
     from vision_course.predictor import write_triton_repository
@@ -269,11 +285,13 @@ def explain(
     image: Annotated[Path, typer.Argument(help="An image file of any size and kind.")],  # any that Pillow reads
     checkpoint: Annotated[Optional[Path], typer.Option(help="A .safetensors file; default: the residual network on shapes.")] = None,  # None: resnet-seed0
     output: Annotated[Optional[Path], typer.Option(help="Where to write; default: the image's name with -explained.png.")] = None,  # a PNG
+    skip_bad: SkipBadOption = False,         # leave out training files that cannot be read
 ):
     """Write a picture of where the network looked: the Grad-CAM map of its answer, laid over the image.
 
     Example: vision-course explain photo.jpg --output looked.png
     """
+    choose_device(Device.auto, skip_bad)
     from vision_course.core import output_folder, write_atomic
     from vision_course.images import read_image
 
@@ -322,14 +340,16 @@ def data(
     """
     from vision_course.data import load
 
-    found = load(dataset, seed=seed, skip_bad=skip_bad)
+    choose_device(Device.auto, skip_bad)
+    found = load(dataset, seed=seed)
     size = " × ".join(map(str, found.train.images.shape[2:]))
     typer.echo(f"{found.name}: {len(found.classes)} classes, images of {size} pixels")
     for name in SplitName:
         counts = getattr(found, name.value).labels.bincount(minlength=len(found.classes))
         typer.echo(f"  {name.value:6}{counts.sum():>8} images, {counts.min()} to {counts.max()} a class")
     for what, value in found.notes.items():
-        typer.echo(f"  {what}: {value}")
+        counted = f"{len(value)} file{'s' * (len(value) > 1)}: {', '.join(value)}" if what == "skipped" else value
+        typer.echo(f"  {what}: {counted}")
 
 # %% ../nbs/lib/cli.ipynb #6d1538a4
 @app.command()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CODE', 'project_root', 'data_root', 'run_name', 'output_folder', 'needed', 'save_json', 'load_json',
            'seed_everything', 'pick_device', 'fast_bfloat16', 'matrix_tiles', 'keep_freed_memory', 'hand_back_memory',
-           'provenance', 'device_in_words', 'current_commit', 'save_result', 'load_result', 'save_figure',
-           'figure_saver', 'progress', 'locked']
+           'provenance', 'device_in_words', 'current_commit', 'save_result', 'save_figure', 'figure_saver', 'progress',
+           'locked']
 
 # %% ../nbs/lib/core.ipynb #0f0bfad6
 import ctypes
@@ -216,6 +216,9 @@ def current_commit() -> str | None:  # twelve digits, "+changes" if a tracked fi
     def git(*words):
         return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=project_root()).stdout.strip()
 
+    settings = project_root() / "settings.ini"
+    if not (settings.exists() and "lib_name = vision_course" in settings.read_text("utf-8")):  # not this project's folder
+        return None
     try:
         changes = git("status", "--porcelain", "-uno") + git("status", "--porcelain", "-uall", "--", *CODE)
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "")
@@ -226,20 +229,11 @@ def current_commit() -> str | None:  # twelve digits, "+changes" if a tracked fi
 def save_result(
     dataset: str,      # the data set that the chapter ran on
     chapter: str,      # such as "01_data"
-    **values: object,  # what to keep; later calls of the same chapter add to it
+    **values: object,  # what to keep, in place of what an earlier run kept
 ) -> Path:             # outputs/<dataset>/results/<chapter>.json
     "Keep numbers of a chapter, with their provenance, for the report and the chapters that follow."
     path = output_folder(dataset) / "results" / f"{chapter}.json"
-    former = load_json(path)["values"] if path.exists() else {}
-    return save_json(path, {"values": {**former, **values}, "provenance": provenance()})
-
-
-def load_result(
-    dataset: str,  # the data set that the chapter ran on
-    chapter: str,  # such as "01_data"
-) -> dict:         # what `save_result` kept
-    "Read the numbers that a chapter left."
-    return load_json(output_folder(dataset) / "results" / f"{chapter}.json")["values"]
+    return save_json(path, {"values": values, "provenance": provenance()})
 
 # %% ../nbs/lib/core.ipynb #b2c3558b
 def save_figure(

@@ -9,6 +9,7 @@ __all__ = ['SIZES', 'VALID_SHARE', 'AUGMENTATIONS', 'Dataset', 'channel_statisti
 
 # %% ../nbs/01_data.ipynb #2acf3754
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,8 +39,8 @@ class Dataset:
     train: Split                      # to learn from
     valid: Split                      # to choose by
     test: Split                       # to judge by, once; use `open_test`
-    mean: tuple[float, float, float]  # of the training pixels by channel, in [0, 1]
-    std: tuple[float, float, float]   # of the training pixels by channel, in [0, 1]
+    mean: tuple[float, float, float]  # of the pixels of the whole training split by channel, in [0, 1]
+    std: tuple[float, float, float]   # of the same pixels by channel, in [0, 1]
     fingerprint: str                  # hash of the training pixels and labels
     notes: dict = field(default_factory=dict)  # duplicates, files left out, and the like
     seed: int = 0                     # of the splits
@@ -127,7 +128,7 @@ def near_duplicates(
     thumbnail: float = 0.95, # least correlation of the thumbnails, in [-1, 1]
     full: float = 0.9,       # least correlation of all pixels, in [-1, 1]
 ) -> tuple[Tensor, Tensor]:  # rows of the queries that have a near-duplicate, and its row in the gallery
-    "Find images that are nearly in another set as well."
+    "Find images that are nearly in another set as well; looks at the one with the most similar thumbnail."
     similarity, best = nearest(thumbnails(queries), thumbnails(gallery))
     likely = (similarity > thumbnail).nonzero()[:, 0]
     alike = []
@@ -180,7 +181,7 @@ def load(
     root: Path | None = None,       # folder of the data sets; None: $VISION_COURSE_DATA or data/ in the project
     seed: int = 0,                  # of the splits, and of the images of "shapes"; 0 or more
     image_size: int | None = None,  # height and width, pixels; None: the set's own, 64 for a folder
-    skip_bad: bool = False,         # leave out files that cannot be decoded instead of stopping
+    skip_bad: bool | None = None,   # leave out files that cannot be decoded; None: if $VISION_COURSE_SKIP_BAD is set
 ) -> Dataset:                       # train, valid and test
     "Load a data set as three disjoint splits."
     if seed < 0:
@@ -190,6 +191,7 @@ def load(
     if name == "shapes":
         return shapes_dataset(seed, image_size or 32)
     root = Path(root or data_root())
+    skip_bad = bool(os.environ.get("VISION_COURSE_SKIP_BAD")) if skip_bad is None else skip_bad
     source = find_source(str(name), root, image_size, skip_bad)
     groups = torch.from_numpy(np.unique(np.array(image_hashes(source.images)), return_inverse=True)[1])
     used = torch.cat(list(source.sides.values()))
@@ -204,6 +206,8 @@ def mirror(
     which: Tensor,   # bool (images,)
 ) -> Tensor:         # the same shape and type
     "Swap left and right in some of the images."
+    if images.is_cuda:  # to count the chosen rows would make the GPU wait
+        return torch.where(which[:, None, None, None], images.flip(3), images)
     pixels, rows = pixels_last(images), which.nonzero()[:, 0]
     out = pixels.clone()
     out[rows] = pixels.index_select(0, rows).flip(2)

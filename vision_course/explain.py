@@ -127,7 +127,7 @@ def integrated_gradients(
     baseline: Tensor | float = 0.0,       # where the path starts: an image, a batch, or one number for all
     steps: int = 16,        # points on the path, at least 1
 ) -> Tensor:                # the images' shape; each image's sum is about logit(image) − logit(baseline)
-    "Gradients averaged on the straight path from a baseline, times its length (Sundararajan et al., 2017)."
+    "Gradients averaged on the straight path from a baseline, times the way in each number (Sundararajan et al., 2017)."
     if steps < 1:
         raise CourseError(f"integrated_gradients: steps ({steps}) must be 1 or more.")
     images = prepared(model, images)
@@ -225,7 +225,7 @@ def grad_cam(
     names = [layers or target_layer(model, images)] if single else layers
     maps = []
     for output, gradient in maps_and_gradients(model, images, targets, names):
-        small = torch.einsum("nc,nchw->nhw", weigh(output, gradient), output).relu()
+        small = (weigh(output, gradient)[..., None, None] * output).sum(1).relu()  # in float32, under autocast too
         maps.append(F.interpolate(small[:, None], images.shape[2:], mode="bilinear")[:, 0])
     return maps[0] if single else torch.stack(maps)
 

@@ -30,12 +30,20 @@ def write_atomic(
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
         raise CourseError(
             f"{path}: cannot be written ({error.strerror}). Free some space or choose a folder that you may write to."
         ) from None
+    finally:  # also when it was stopped in between
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
     return path
+
+
+def _umask():
+    "Which rights a new file does not get."
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -26,6 +26,7 @@ def to_rgb(
     if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         top = 255.0 if values.max() <= 255 and not image.mode.startswith("I;16") else 65535.0
+        top = 1.0 if image.mode == "F" and 0 < values.max() <= 1 else top  # shares of white
         image = Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -55,7 +56,7 @@ def decode(
 
 # %% ../nbs/lib/images.ipynb #abe864b9
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-MOST_PIXELS = 50_000_000  # more than a telephone's camera makes
+MOST_PIXELS = 50_000_000  # more than most cameras make
 
 
 class ImageError(CourseError):

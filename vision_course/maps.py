@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['module_named', 'prepared', 'saying_shape', 'target_scores', 'forward_pass', 'paired', 'pointing_game', 'share_inside',
            'overlap', 'rank_similarity', 'mean_interval', 'random_map', 'centre_map', 'edge_map', 'smeared',
-           'pixel_curves', 'in_batches', 'randomised', 'GuidedReLU', 'GuidedMode', 'guided', 'principal_components',
-           'principal_maps']
+           'pixel_curves', 'in_batches', 'measure_statistics', 'randomised', 'GuidedReLU', 'GuidedMode', 'guided',
+           'principal_components', 'principal_maps']
 
 # %% ../nbs/lib/maps.ipynb #b8735252
 import copy
@@ -220,7 +220,9 @@ def pixel_curves(
     with evaluating(model), torch.no_grad():
         first, last, curves = chance(start), chance(end), {}
         for name, x in maps.items():
-            ranks = x.to(start.device).flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1)
+            mixed = torch.randperm(x[0].numel(), generator=torch.Generator().manual_seed(0))  # equal pixels in any order
+            ranks = x.flatten(1)[:, mixed].to(start.device).argsort(dim=1, descending=True, stable=True).argsort(1)
+            ranks = ranks[:, mixed.argsort()]
             ranks = ranks.view_as(x)[:, None]  # (images, 1, h, w), 0 at the highest pixel
             between = [chance(torch.where(ranks < share * x[0].numel(), end, start)) for share in shares]
             curves[name] = torch.cat([first, *between, last], 1)
@@ -242,8 +244,24 @@ def in_batches(
     return torch.cat([method(model, x, y).cpu() for x, y in zip(parts, wanted)])
 
 # %% ../nbs/lib/maps.ipynb #98f6158f
+def measure_statistics(
+    model: nn.Module,  # its statistics of batch normalisation change, and nothing else
+    images: Tensor,    # float (images, channels, h, w)
+) -> None:
+    "Set the statistics of batch normalisation to those of these images."
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    with evaluating(model), torch.no_grad():
+        former = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.train().momentum = 1.0
+        model(images)
+        for norm, momentum in zip(norms, former):
+            norm.momentum = momentum
+
+
 def randomised(
     model: nn.Module,  # is not changed
+    images: Tensor,    # float (images, channels, h, w); on them the statistics of batch normalisation are measured again
     seed: int = 0,     # of the new weights
 ) -> Iterator[tuple[str, nn.Module]]:  # name of the layer, and one copy of the network, ever more of it random
     "Give convolutions and linear layers new weights, one after the other from the last to the first."
@@ -253,6 +271,7 @@ def randomised(
         with torch.random.fork_rng():
             torch.manual_seed(seed + number)
             layer.reset_parameters()
+        measure_statistics(model, images)
         yield name, model
 
 # %% ../nbs/lib/maps.ipynb #229e7869

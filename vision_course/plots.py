@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 from PIL import Image
 
 from .core import CourseError
@@ -181,7 +181,7 @@ def _wrapped(title, letters):
 # %% ../nbs/lib/plots.ipynb #4596e965
 def heat_overlay(
     images,  # (n, 3 or 1, h, w), uint8 or floats in [0, 1]
-    maps,    # (n, h', w') at least 0; enlarged to the images' size
+    maps,    # (n, h', w') at least 0; enlarged to the images' size. All NaN: the image in its own colours
     titles: Sequence[str] | None = None,  # one a image
     columns: int = 8,                     # images in a row
     colour_map: str = "inferno",          # any of matplotlib's
@@ -190,12 +190,14 @@ def heat_overlay(
     array, maps = _pixels(images) / 255.0, _as_array(maps, "heat_overlay").astype(np.float32)
     if maps.ndim != 3 or len(maps) != len(array):
         raise CourseError(f"heat_overlay: {len(array)} images need maps of shape (n, h, w), not {maps.shape}")
-    size = (array.shape[2], array.shape[1])
+    size, bare = (array.shape[2], array.shape[1]), np.isnan(maps).all((1, 2))
+    maps = np.where(bare[:, None, None], 0, maps)
     maps = np.stack([np.asarray(Image.fromarray(m).resize(size, Image.Resampling.BILINEAR)) for m in maps])
     heat = (maps / np.maximum(maps.max((1, 2), keepdims=True), 1e-12)).clip(0, 1)
     grey = (array @ [0.299, 0.587, 0.114])[..., None] * 0.75 + 0.1
     strength = 0.85 * np.sqrt(heat)[..., None]
     blend = (1 - strength) * grey + strength * matplotlib.colormaps[colour_map](heat)[..., :3]
+    blend[bare] = np.broadcast_to(array, blend.shape)[bare]
     return image_grid(np.moveaxis(blend, -1, 1), titles, columns)
 
 # %% ../nbs/lib/plots.ipynb #afdd48d5
@@ -225,17 +227,22 @@ def _mark(ax, name, x):
                 ha="center", va="bottom", color=MUTED, fontsize=7)
 
 
-def _draw_bar(ax, i, row, bar, place):
-    "One name: its bar or point, its runs, and the number behind them."
-    mean, deviation, many = row.mean(), row.std(ddof=1) if len(row) > 1 else 0.0, len(row) > 1
+def _draw_bar(ax, i, row, bar, place, several):
+    "One name: its bar or point, its values, and the number behind them."
+    many, mean = len(row) > 1, row.mean()
+    deviation = row.std(ddof=1) if many and several == "runs" else 0.0
+    if several == "interval":
+        mean, deviation = row[1], (row[2] - row[0]) / 2
     if bar:
         ax.barh(i, mean, height=0.64, color="#9CCAE6" if many else PALETTE[0])
-    if many:
-        ax.plot([mean - deviation, mean + deviation], [i, i], color=INK, linewidth=1.1, zorder=3)
+    if deviation:
+        ends = row[[0, 2]] if several == "interval" else [mean - deviation, mean + deviation]
+        ax.plot(ends, [i, i], color=INK, linewidth=1.1, zorder=3)
+    if many and several != "interval":
         ax.plot(row, np.full(len(row), i), "o", color=PALETTE[1], markersize=3.2, markeredgewidth=0, alpha=0.9, zorder=4)
     if many or not bar:
         ax.plot(mean, i, "|", markersize=9, color=INK, markeredgewidth=1.4, zorder=5)
-    words = f"{mean:,.{place}f} ± {deviation:,.{place}f}" if many else f"{mean:,.{place}f}"
+    words = f"{mean:,.{place}f}" + (f" ± {deviation:,.{place}f}" if many and several != "levels" else "")
     ax.annotate(words, (max(row.max(), mean + deviation), i), xytext=(6 if many or not bar else 4, 0), zorder=6,
                 textcoords="offset points", va="center", fontsize=7.5, bbox={"fc": "white", "ec": "none", "pad": 0.8})
 
@@ -247,8 +254,9 @@ def bars(
     ylabel: str = "",        # what the names are
     from_zero: bool = True,  # False: points on a narrower axis
     reference: tuple[str, float] | None = None,     # a dashed line: what it is, where it stands
+    several: str = "runs",   # what several values are: "runs", "levels" of one thing, or "interval" (low, value, high)
 ) -> Figure:
-    "Horizontal bars in the order given; several values a name show as dots with mean and standard deviation."
+    "Horizontal bars in the order given; runs show as dots with mean and standard deviation, levels without the latter."
     runs = {str(name): _as_array(v, "bars").astype(float).ravel() for name, v in values.items()}
     means = _as_array([row.mean() for row in runs.values()], "bars")
     if len(runs) > 40:
@@ -258,7 +266,7 @@ def bars(
     figure, ax = _blank(0.62 + (0.25 if len(runs) <= 15 else 0.19) * len(runs))
     places = max(_digits(row) for row in runs.values())
     for i, row in enumerate(runs.values()):
-        _draw_bar(ax, i, row, from_zero, places)
+        _draw_bar(ax, i, row, from_zero, places, several)
     if reference:
         _mark(ax, *reference)
     ax.set_yticks(range(len(runs)), list(runs), color=INK)
@@ -358,6 +366,8 @@ def curves(
     if log_x and len(places) <= 12:  # few points: name each of them
         ax.set_xticks(places, [f"{value:,g}" for value in places])
         ax.minorticks_off()
+    elif log_x and places[-1] < 1_000 * places[0]:
+        _plain_log(ax.xaxis)
     elif not log_x and all(value == round(value) for value in places):
         ax.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=(1, 2, 5, 10), integer=True))
     for name, x in (marks or {}).items():
@@ -532,19 +542,19 @@ def matrices(
     cell = min(0.36, (WIDTH - 0.5 * len(arrays)) / sum(widths))
     figure = CourseFigure(figsize=(WIDTH, cell * tallest + 0.42))
     left = (WIDTH - cell * sum(widths) - 0.45 * (len(arrays) - 1)) / 2
+    largest = max(1e-12, *(float(np.abs(array).max()) for array in arrays.values()))
     for name, array in arrays.items():
         width, height, bottom = cell * array.shape[1], cell * array.shape[0], 0.1 + cell * (tallest - array.shape[0]) / 2
         top = figure.get_figheight()
         ax = figure.add_axes((left / WIDTH, bottom / top, width / WIDTH, height / top))
-        _draw_cells(ax, array, font=22 * cell)
+        _draw_cells(ax, array, 22 * cell, largest)
         ax.set_title(name, loc="center", color=INK)
         left += width + 0.45
     return figure
 
 # %% ../nbs/lib/plots.ipynb #21c46e1c
-def _draw_cells(ax, array, font):
+def _draw_cells(ax, array, font, largest):
     "One matrix: orange below zero, blue above, and its numbers."
-    largest = max(float(np.abs(array).max()), 1e-12)
     ax.imshow(array, cmap=SIGNED, vmin=-largest, vmax=largest, aspect="auto")
     places = min(_digits(array), 2)
     for (i, j), value in np.ndenumerate(array):
@@ -562,6 +572,7 @@ def pareto(
     costs: Mapping[str, Mapping[str, float]],    # what a panel's axis says, with the unit -> name -> cost above 0
     fronts: Mapping[str, Sequence[str]],         # what the axis says -> names on the front
     ylabel: str,                                 # what the values are, with the unit
+    best: float | None = None,                   # what a value can be at most; given, the distance to it has a logarithmic axis
 ) -> Figure:
     "Value against cost, a panel for each cost; filled points and the line are the front, bars one standard deviation."
     runs = {name: _as_array(v, f"pareto, {name}").astype(float).ravel() for name, v in values.items()}
@@ -579,6 +590,8 @@ def pareto(
             ax.annotate(str(i + 1), (cost[name], mean), ha="center", va="center_baseline", fontsize=6, zorder=layer + 0.001,
                         color="white" if won else _darker(colour))
         ax.set_xscale("log")
+        if best is not None:
+            _log_distance(ax, best)
         ax.margins(x=0.12, y=0.12)
         _plain_log(ax.xaxis)
         _name_axes(ax, xlabel, ylabel if ax is np.atleast_1d(panels)[0] else "")
@@ -588,6 +601,14 @@ def pareto(
         ax.text(1.03, place, words, transform=ax.transAxes, va="top", fontsize=7.5, color=_darker(PALETTE[i % len(PALETTE)]))
         place -= 0.02 + 0.055 * (words.count("\n") + 1)
     return figure
+
+
+def _log_distance(ax, best):
+    "Make equal factors of the distance to the best value equal lengths upwards, with ticks at 1, 2, 3 and 5 and so on from it."
+    distance = lambda y: np.maximum(best - np.asarray(y, float), 0.05)
+    ax.set_yscale("function", functions=(lambda y: -np.log10(distance(y)), lambda z: best - 10.0 ** -np.asarray(z)))
+    ax.yaxis.set_major_locator(FixedLocator([best - step * 10.0**k for k in range(1, -2, -1) for step in (5, 3, 2, 1)]))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:.10g}"))
 
 
 def _plain_log(axis):

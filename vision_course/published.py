@@ -260,8 +260,9 @@ def published_table(
     cells, measured = {}, []
     for dataset, results in runs.items():
         for stored in results.values():
+            own = stored["values"].get("judged", dataset) == dataset  # chapter 5 may have judged by the built-in data
             for row in stored["values"].get("headline", [])[:2]:
-                cells.setdefault(row["what"], {})[dataset] = number_in_words(row["value"])
+                cells.setdefault(row["what"], {})[dataset] = number_in_words(row["value"]) if own else ""
         made = [stored["provenance"] for stored in results.values()]
         devices, days = dict.fromkeys(row["device"] for row in made), sorted(row["time"][:10] for row in made)
         when = " to ".join(dict.fromkeys((days[0], days[-1])))

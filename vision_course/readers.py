@@ -258,12 +258,14 @@ def listed_source(
     bad: dict[Path, str],                # files to leave out
     classes: tuple[str, ...],            # class names by label
 ) -> Source:                             # memory-mapped
-    "Bring decoded images and what is known of their files together."
+    "Bring decoded images and what is known of their files together, in random order: files come class by class."
     names = [side for side, _, _ in files]
     sides = {name: [i for i, file in enumerate(files) if file[0] == name and file[2] not in bad] for name in dict.fromkeys(names)}
+    sides = {name: torch.tensor(rows, dtype=torch.int64) for name, rows in sides.items()}
+    mixed = {name: rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))] for name, rows in sides.items()}
     notes = {"skipped": sorted(map(str, bad))} if bad else {}
     labels = torch.tensor([label for _, label, _ in files])
-    return Source(channels_first(pixels), labels, classes, {name: torch.tensor(rows, dtype=torch.int64) for name, rows in sides.items()}, notes)
+    return Source(channels_first(pixels), labels, classes, mixed, notes)
 
 # %% ../nbs/lib/readers.ipynb #48171402
 def read_tiny_imagenet(
@@ -332,8 +334,10 @@ def resized(
     size: int,       # new height and width, pixels
 ) -> Tensor:         # uint8 (images, 3, size, size), stored channels last
     "Resize images."
-    parts = [F.interpolate(x.float(), (size, size), mode="bilinear", antialias=True) for x in images.split(2048)]
-    return torch.cat([x.round().clamp(0, 255).byte() for x in parts]).contiguous(memory_format=torch.channels_last)
+    small = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=images.device).to(memory_format=torch.channels_last)
+    for x, place in zip(images.split(2048), small.split(2048)):
+        place.copy_(F.interpolate(x.float(), (size, size), mode="bilinear", antialias=True).round().clamp(0, 255))
+    return small
 
 # %% ../nbs/lib/readers.ipynb #83d2ed2d
 def memory_limit() -> int:  # bytes; $VISION_COURSE_MEMORY_LIMIT in GiB, else half of what is available

@@ -237,6 +237,7 @@ class Chapter:
     seconds: float = 0.0          # wall clock
     parameters: dict = field(default_factory=dict)  # dataset, epochs, seed
     body: str = ""                # HTML of its cells
+    provenance: dict = field(default_factory=dict)  # of its results
 
 # %% ../nbs/lib/report.ipynb #3ad70751
 def _read_chapter(path):
@@ -282,7 +283,10 @@ def _read_results(folder, chapters):
     groups, figures, newest = [], [], {}
     for chapter in chapters:
         path = folder / "results" / f"{chapter.name}.json"
-        stored = load_json(path) if path.exists() else {"values": {}, "provenance": {}}
+        if chapter.state != "done" or not path.exists():  # what an earlier run left behind is not this run's
+            continue
+        stored = load_json(path)
+        chapter.provenance = stored["provenance"]
         rows = [{"note": "", **row, "value": number_in_words(row["value"])} for row in stored["values"].get("headline", [])]
         groups += [(chapter, rows)] if rows else []
         newest = max(newest, stored["provenance"], key=lambda found: found.get("time", ""))
@@ -335,8 +339,9 @@ def render_report(
         write_atomic(folder / "report" / f"{chapter.name}.html", page)
     groups, figures, newest = _read_results(folder, chapters)
     runs = {f"seed {page.parameters.get('seed')}, epochs {page.parameters.get('epochs') or 'by recipe'}" for page in pages}
+    commits = {chapter.provenance.get("commit") for chapter in chapters if chapter.provenance}
     page = _fill("report_index.html.j2", title=f"Computer vision, measured on {common['dataset']}", groups=groups, figures=figures,
-                 measured=newest, parameters=pages[-1].parameters, mixed="; ".join(sorted(runs)) if len(runs) > 1 else "", **common)
+                 measured=newest, several=len(commits) > 1, parameters=pages[-1].parameters, mixed="; ".join(sorted(runs)) if len(runs) > 1 else "", **common)
     return write_atomic(folder / "report" / "index.html", page)
 
 # %% ../nbs/lib/report.ipynb #534206bf

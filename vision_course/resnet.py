@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PlainBlock', 'ResidualBlock', 'ResNet', 'forward_hooks', 'ShortBlock', 'whitening_filters', 'coarse_stem',
            'with_fixed', 'whiten_stem', 'identity_start', 'start_well', 'quick_biases', 'resnet', 'resnet_recipe',
-           'network_rows']
+           'network_rows', 'multiplications']
 
 # %% ../nbs/03_resnet.ipynb #d89f8bcd
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .cnn import Normalise, conv_block
 from .data import Dataset
@@ -259,3 +260,13 @@ def network_rows(
     with evaluating(model), torch.no_grad(), forward_hooks(model, before, after):
         model(image)
     return rows, skips
+
+# %% ../nbs/03_resnet.ipynb #fdd2e756
+def multiplications(
+    model: nn.Module,  # takes images in [0, 1]; left as it is
+    images: Tensor,    # (images, 3, h, w) an example of its input
+) -> int:              # for one image, as torch counts them
+    "How many multiplications a network does."
+    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images.to(next(model.parameters()).device))
+    return counter.get_total_flops() // 2 // len(images)  # a multiplication and an addition count as two

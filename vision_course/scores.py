@@ -162,7 +162,7 @@ def bootstrap_interval(
     seed: int = 0,          # of the draws
     level: float = 0.95,    # how often such an interval should hold the true value, in (0, 1)
 ) -> tuple[float, float]:   # lower end, at least 0, and upper end
-    "A range in which the true value of a measure probably lies (the symmetric bootstrap)."
+    "A range in which the true value probably lies (the symmetric bootstrap); not for calibration errors near 0."
     generator, here = torch.Generator().manual_seed(seed), measure(probabilities, labels)
     rows = [torch.randint(len(labels), (len(labels),), generator=generator).to(labels.device) for _ in range(draws)]
     again = torch.tensor([measure(probabilities[row], labels[row]) for row in rows], dtype=torch.float64)
@@ -175,8 +175,8 @@ def luck_level(
     probabilities: Tensor,  # (images, classes), rows sum to 1
     draws: int = 100,       # how often labels are drawn
     seed: int = 0,          # of the draws
-    level: float = 0.95,    # how often luck alone stays below, in (0, 1)
-) -> float:                 # an error above it is no luck
+    level: float = 0.95,    # the share, in (0, 1)
+) -> float:                 # of perfectly calibrated networks, this share stays below it
     "How large an error luck alone makes: measured with labels that are drawn from the probabilities themselves."
     check_rows(probabilities)
     generator = torch.Generator().manual_seed(seed)

@@ -36,11 +36,12 @@ from torch import Tensor, nn
 
 from vision_course.core import (
     CourseError, data_root, fast_bfloat16, hand_back_memory, load_json, locked, output_folder, pick_device, progress,
-    project_root, provenance, run_name, save_json, seed_everything, write_atomic,
+    project_root, provenance, run_name, save_json, write_atomic,
 )
 from .data import Batches, Dataset, Split, augmentation, cutmix, derive_seed, mixup
 from .gradients import fast_gradients
 from .optim import OPTIMIZERS, SCHEDULES, Lookahead, make_optimizer, make_scheduler
+from .splits import image_hashes
 
 # %% ../nbs/lib/train.ipynb #c6e4a6e9
 MIXINGS = ("none", "mixup", "cutmix")
@@ -54,7 +55,7 @@ class Recipe:
     batch_size: int = 128          # images a step, over all processes
     optimizer: str = "sgd"         # "sgd" (Nesterov momentum 0.9), "adamw" or "muon"
     learning_rate: float = 0.1     # the highest that the schedule reaches
-    weight_decay: float = 5e-4     # on weights, not on biases or batch norm
+    weight_decay: float = 5e-4     # on weights, not on biases or batch norm; with Muon on the head's weights alone
     schedule: str = "onecycle"     # "onecycle", "cosine" (after a warm-up), "linear", "plateau" or "constant"
     label_smoothing: float = 0.0   # share of the target spread over all classes, in [0, 1)
     lookahead: int = 0             # steps after which the weights return to their running average; 0: they don't
@@ -109,8 +110,8 @@ def predict(
     "Run a network over a split, leaving it as it was."
     device = next(model.parameters()).device
     with evaluating(model), torch.inference_mode(), mixed_precision(device, mixed):
-        logits = [model(images).float().cpu() for images, _ in Batches(split, batch_size, device=device)]
-    return torch.cat(logits)
+        logits = [model(images).float() for images, _ in Batches(split, batch_size, device=device)]
+    return torch.cat(logits).cpu()
 
 
 # %% ../nbs/lib/train.ipynb #13353874
@@ -188,6 +189,8 @@ class Trainer:
     "One training: knows where it stands after each epoch, and can go on from there."
 
     def __init__(self, model, dataset, recipe, seed, state_file, tracker):
+        if tracker and not state_file:
+            raise CourseError(f"tracker {tracker!r}: needs a state_file, beside which its logs go.")
         self.recipe, self.dataset, self.seed, self.tracker = recipe, dataset, seed, tracker
         self.state_file = Path(state_file) if state_file else None
         self.accelerator = make_accelerator(tracker, self.state_file and self.state_file.parent / "logs")
@@ -368,14 +371,18 @@ def fit(
 
 
 def training_key(
-    model: nn.Module,  # its parts and the shapes of its weights count, not their values
-    dataset: Dataset,  # what is trained on
+    model: nn.Module,  # its layers, the shapes of its weights, which learn and at which rates count, not their values
+    dataset: Dataset,  # what is trained on, and what chooses the best epoch
     recipe: Recipe,    # how
     seed: int,         # with which random numbers
 ) -> str:              # 16 hexadecimal digits
     "The same for the same training, different for any other."
     shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
-    return sha256(repr((shapes, dataset.fingerprint, asdict(recipe), seed)).encode()).hexdigest()[:16]
+    learning = [name for name, p in model.named_parameters() if p.requires_grad]
+    rates = sorted(model.learning_rate_scales().items()) if hasattr(model, "learning_rate_scales") else []
+    network = repr(model), shapes, learning, rates
+    chosen_by = sha256(b"".join(image_hashes(dataset.valid.images)) + dataset.valid.labels.numpy().tobytes()).hexdigest()
+    return sha256(repr((network, dataset.fingerprint, chosen_by, asdict(recipe), seed)).encode()).hexdigest()[:16]
 
 
 def _argmax(values):
@@ -443,7 +450,7 @@ def check_published(
     dataset: str,  # a data set's name
 ) -> None:
     "Refuse weights or a JSON that came with the project and were changed; those of which nothing is known may pass."
-    listed = path.parents[2] / "outputs" / "published" / run_name(dataset) / "hashes.json"
+    listed = path.resolve().parents[2] / "outputs" / "published" / run_name(dataset) / "hashes.json"
     sums = load_json(listed).get("weights", {}) if listed.exists() else {}
     pair = [path, path.with_suffix(".json")]
     if any(each.exists() for each in pair):
@@ -542,7 +549,8 @@ def train_and_describe(
     return {
         "key": training_key(model, dataset, recipe, seed), "recipe": asdict(recipe), "seed": seed,
         "dataset": dataset.name, "data_seed": dataset.seed, "classes": dataset.classes, "file": path.name,
-        "parameters": sum(p.numel() for p in model.parameters()), "best_epoch": int(history.epoch[best]),
+        "training_data": dataset.fingerprint, "parameters": sum(p.numel() for p in model.parameters()),
+        "best_epoch": int(history.epoch[best]),
         "valid_accuracy": evaluate(model, dataset.valid)["accuracy"], "seconds": history.seconds.sum(),
         "history": history.to_dict("records"), "provenance": provenance(),
     }

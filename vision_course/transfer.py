@@ -242,7 +242,7 @@ def tune(
 # %% ../nbs/04_transfer_learning.ipynb #fbd7c75a
 def few_images(
     dataset: Dataset,  # where they are taken from
-    per_class: int,    # training images of each class
+    per_class: int,    # training images of a class, on average: classes keep their shares
     seen: int,         # length of an epoch, images: the few are repeated, each augmented anew every time
     seed: int,         # which ones
 ) -> Dataset:          # the same data set with few training images
