@@ -18,6 +18,7 @@ from PIL import Image
 from vision_course.batches import Batches
 from vision_course.core import CourseError
 from vision_course.data import AUGMENTATIONS, Dataset, augmentation, channel_statistics, load, near_duplicates, shapes_dataset
+from vision_course.images import to_rgb
 from vision_course.splits import Split, image_hashes
 
 ROOT = Path(__file__).parent.parent
@@ -367,6 +368,12 @@ def test_tiny_imagenet_layout(tiny, root):
     assert len(sums) == 6 and dict(zip(data.test.images.long().sum((1, 2, 3)).tolist(), data.test.labels.tolist())) == sums
 
 
+def test_a_picture_of_floats_is_read_by_its_range():
+    for top in (1.0, 255.0, 65535.0):
+        made = to_rgb(Image.fromarray(np.array([[0.0, 0.2, 1.0]], np.float32) * top))
+        assert np.asarray(made)[0, :, 0].tolist() == [0, 51, 255], top
+
+
 def test_any_part_of_a_folder_has_images_of_many_classes(root, tmp_path):
     for k in range(5):
         (tmp_path / "own" / f"class {k}").mkdir(parents=True)
@@ -429,6 +436,7 @@ import hashlib, sys, torch
 torch.set_num_threads(int(sys.argv[1]))
 from vision_course.batches import Batches
 from vision_course.data import augmentation
+from vision_course.images import to_rgb
 from vision_course.splits import Split
 images = (torch.arange(40 * 3 * 32 * 32) % 251).byte().view(40, 3, 32, 32).contiguous(memory_format=torch.channels_last)
 batches = Batches(Split(images, torch.arange(40)), 16, augmentation("flip+crop+cutout+erasing+quarter_turns"), shuffle=True, seed=5)

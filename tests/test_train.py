@@ -237,6 +237,11 @@ def test_a_checkpoint_of_another_network_is_made_anew(tmp_path, monkeypatch):
     assert runs[0].info["key"] != runs[1].info["key"] == runs[2].info["key"]
 
 
+def test_a_tracker_needs_a_place_for_its_logs():
+    with pytest.raises(CourseError, match="needs a state_file"):
+        fit(linear(None), small_dataset(), Recipe("net", 1, 64), tracker="tensorboard")
+
+
 def test_all_that_changes_a_training_changes_its_key():
     def keyed(change=lambda model: None, recipe=Recipe("net", 1, 64), seed=0, dropout=0.0):
         model = SmallCNN(2, (0.5,) * 3, (0.25,) * 3, dropout=dropout)

@@ -103,14 +103,14 @@ def robustness_section(results: dict) -> list[str]:  # by chapter
     ordered = sorted(kinds.items(), key=lambda pair: mean(pair[1], "accuracy"))
     rows = [[kind.replace("_", " "), percent(mean(own, "accuracy")), percent(max(own, key=lambda row: row["severity"])["accuracy"]),
              f"{mean(own, 'ECE'):.3f}", percent(mean(own, "coverage of sets"))] for kind, own in ordered]
-    clean, attack, counts = found["clean"], found["adversarial"], found.get("images", {})
+    clean, attack, counts = found["clean"], found["adversarial"], found["images"]
     steps = [f"{percent(value)} at {radius:g}" for radius, value in zip(attack["epsilon_255"], attack["PGD, 10 steps"])]
     return [
-        f"On {counts.get('corrupted', 'some')} of the test images, before they were corrupted: accuracy {percent(clean['accuracy'])}, "
+        f"On {counts['corrupted']} of the test images, before they were corrupted: accuracy {percent(clean['accuracy'])}, "
         f"calibration error {clean['ECE']:.3f}. "
         "Nothing was fitted again for the rows below; worst kinds first.", "",
         *table(["corruption", "accuracy, mean of 5 severities", "at the highest", "calibration error", "coverage of sets"], rows), "",
-        f"Accuracy under adversarial noise (PGD, 10 steps, largest change of a pixel in units of 1/255, {counts.get('attacked', 'some')} "
+        f"Accuracy under adversarial noise (PGD, 10 steps, largest change of a pixel in units of 1/255, {counts['attacked']} "
         "images): " + ", ".join(steps) + ".", "",
         "![Accuracy under each corruption, a dot for each severity](figures/06_calibration-kinds.png)",
     ]
@@ -146,7 +146,7 @@ def files_section(results: dict) -> list[str]:  # by chapter
         "provenance are in its metadata. Each was compared with the network on every validation image.", "",
         *table(["file", "MB", "largest change of a probability", "same answers", "validation accuracy"], rows), "",
         f"A float file with a change above {limits['difference']:g}, or an INT8 file with less than "
-        f"{percent(limits['agreement'])} of the answers the same or with probabilities that drift by more than {limits.get('drift', 1):g}, "
+        f"{percent(limits['agreement'])} of the answers the same or with probabilities that drift by more than {limits['drift']:g}, "
         "would not have been kept.", "",
         "Milliseconds for one image on one thread: " + "; ".join(f"{name} {value:.2f}" for name, value in quick.items()) + ".",
         *_compression(results),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'DatasetOption', 'EpochsOption', 'SeedOption', 'DeviceOption', 'TrackerOption', 'SkipBadOption', 'Device',
-           'Network', 'Format', 'SplitName', 'choose_device', 'report', 'train', 'network_and_recipe',
+           'Network', 'Format', 'SplitName', 'apply_options', 'report', 'train', 'network_and_recipe',
            'trained_network', 'evaluate', 'exported_scores', 'export', 'calibrated_network', 'predict', 'explain',
            'explain_image', 'data', 'serve', 'main']
 
@@ -57,11 +57,11 @@ TrackerOption = Annotated[Optional[str], typer.Option(help="tensorboard, wandb, 
 SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out image files that cannot be read, and count them.")]
 
 
-def choose_device(
+def apply_options(
     device: Device,         # what was asked for
     skip_bad: bool = False, # leave out image files that cannot be read
 ) -> None:
-    "Let the whole command compute there; auto leaves the choice to $VISION_COURSE_DEVICE, if it is set."
+    "Tell the whole command, and processes that it starts, through variables; auto leaves $VISION_COURSE_DEVICE as it is."
     if device is not Device.auto:
         os.environ["VISION_COURSE_DEVICE"] = device.value
     if skip_bad:
@@ -82,7 +82,7 @@ def report(
 
     Example: vision-course report --dataset cifar10 --seed 1
     """
-    choose_device(device, skip_bad)
+    apply_options(device, skip_bad)
     from vision_course.core import CourseError, current_commit, project_root, write_atomic
     from vision_course.published import publish, read_published, readme_text, require_commit
     from vision_course.report import make_report
@@ -119,7 +119,7 @@ def train(
 
     Example: vision-course train small_cnn --dataset cifar10 --epochs 10
     """
-    choose_device(device, skip_bad)
+    apply_options(device, skip_bad)
     from vision_course.core import output_folder
     from vision_course.data import load
     from vision_course.train import load_or_train
@@ -186,7 +186,7 @@ def evaluate(
 
     Example: vision-course evaluate outputs/shapes/exports/model.int8.onnx --split test
     """
-    choose_device(device, skip_bad)
+    apply_options(device, skip_bad)
     if model.suffix in (".onnx", ".pt2", ".tflite"):
         scores = exported_scores(model, split.value)
     else:
@@ -232,7 +232,7 @@ def export(
 
     Example: vision-course export --format onnx --format onnx-int8 --triton models/
     """
-    choose_device(Device.auto, skip_bad)
+    apply_options(Device.auto, skip_bad)
     from vision_course.core import output_folder
     from vision_course.export import export_model
     from vision_course.predictor import write_triton_repository
@@ -291,7 +291,7 @@ def explain(
 
     Example: vision-course explain photo.jpg --output looked.png
     """
-    choose_device(Device.auto, skip_bad)
+    apply_options(Device.auto, skip_bad)
     from vision_course.core import output_folder, write_atomic
     from vision_course.images import read_image
 
@@ -340,7 +340,7 @@ def data(
     """
     from vision_course.data import load
 
-    choose_device(Device.auto, skip_bad)
+    apply_options(Device.auto, skip_bad)
     found = load(dataset, seed=seed)
     size = " × ".join(map(str, found.train.images.shape[2:]))
     typer.echo(f"{found.name}: {len(found.classes)} classes, images of {size} pixels")

@@ -250,11 +250,13 @@ def measure_statistics(
 ) -> None:
     "Set the statistics of batch normalisation to those of these images."
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    with evaluating(model), torch.no_grad():
-        former = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.train().momentum = 1.0
-        model(images)
+    former = [norm.momentum for norm in norms]
+    try:
+        with evaluating(model), torch.no_grad():
+            for norm in norms:
+                norm.train().momentum = 1.0
+            model(images)
+    finally:
         for norm, momentum in zip(norms, former):
             norm.momentum = momentum
 

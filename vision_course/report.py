@@ -341,7 +341,8 @@ def render_report(
     runs = {f"seed {page.parameters.get('seed')}, epochs {page.parameters.get('epochs') or 'by recipe'}" for page in pages}
     commits = {chapter.provenance.get("commit") for chapter in chapters if chapter.provenance}
     page = _fill("report_index.html.j2", title=f"Computer vision, measured on {common['dataset']}", groups=groups, figures=figures,
-                 measured=newest, several=len(commits) > 1, parameters=pages[-1].parameters, mixed="; ".join(sorted(runs)) if len(runs) > 1 else "", **common)
+                 measured=newest, several=len(commits) > 1,
+                 parameters=pages[-1].parameters, mixed="; ".join(sorted(runs)) if len(runs) > 1 else "", **common)
     return write_atomic(folder / "report" / "index.html", page)
 
 # %% ../nbs/lib/report.ipynb #534206bf

@@ -41,7 +41,7 @@ from vision_course.core import (
 from .data import Batches, Dataset, Split, augmentation, cutmix, derive_seed, mixup
 from .gradients import fast_gradients
 from .optim import OPTIMIZERS, SCHEDULES, Lookahead, make_optimizer, make_scheduler
-from .splits import image_hashes
+from .splits import split_digest
 
 # %% ../nbs/lib/train.ipynb #c6e4a6e9
 MIXINGS = ("none", "mixup", "cutmix")
@@ -381,8 +381,8 @@ def training_key(
     learning = [name for name, p in model.named_parameters() if p.requires_grad]
     rates = sorted(model.learning_rate_scales().items()) if hasattr(model, "learning_rate_scales") else []
     network = repr(model), shapes, learning, rates
-    chosen_by = sha256(b"".join(image_hashes(dataset.valid.images)) + dataset.valid.labels.numpy().tobytes()).hexdigest()
-    return sha256(repr((network, dataset.fingerprint, chosen_by, asdict(recipe), seed)).encode()).hexdigest()[:16]
+    data = dataset.fingerprint, split_digest(dataset.valid)
+    return sha256(repr((network, data, asdict(recipe), seed)).encode()).hexdigest()[:16]
 
 
 def _argmax(values):
