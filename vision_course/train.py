@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MIXINGS', 'Recipe', 'small_cnn_recipe', 'seeds_for', 'predict', 'evaluating', 'mixed_precision', 'evaluate',
-           'mix_batch', 'make_accelerator', 'Trainer', 'show_progress', 'demand_finite', 'save_state', 'load_state',
-           'fit', 'training_key', 'Trained', 'save_checkpoint', 'load_checkpoint', 'pretrained_path', 'check_published',
-           'made_by', 'untrained', 'checkpoint_path', 'find_checkpoint', 'load_or_train', 'train_and_describe',
-           'share_cores', 'train_aside', 'load_or_train_all', 'side_by_side', 'RateSearch', 'find_learning_rate',
-           'losses_at', 'endless', 'smoothed', 'shifted_views', 'predict_augmented']
+           'mix_batch', 'reduced_at_first', 'make_accelerator', 'Trainer', 'show_progress', 'demand_finite',
+           'save_state', 'load_state', 'fit', 'training_key', 'Trained', 'save_checkpoint', 'load_checkpoint',
+           'pretrained_path', 'check_published', 'made_by', 'untrained', 'checkpoint_path', 'find_checkpoint',
+           'load_or_train', 'train_and_describe', 'share_cores', 'train_aside', 'load_or_train_all', 'side_by_side',
+           'RateSearch', 'find_learning_rate', 'losses_at', 'endless', 'smoothed', 'shifted_views', 'predict_augmented']
 
 # %% ../nbs/lib/train.ipynb #e757b8be
 import copy
@@ -61,6 +61,7 @@ class Recipe:
     lookahead: int = 0             # steps after which the weights return to their running average; 0: they don't
     mixing: str = "none"           # "none", "mixup" or "cutmix"
     augment: str = "flip+crop"     # augmentations of chapter 1, joined by +
+    small_first: float = 0.0       # share of the epochs, but never the last, at three quarters of the images' width, in [0, 1)
     patience: int | None = None    # stop after so many epochs without a better validation score
 
     def __post_init__(self):
@@ -74,6 +75,7 @@ class Recipe:
         demand("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
         demand("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
         demand("lookahead", isinstance(self.lookahead, int) and self.lookahead >= 0, "a whole number from 0")
+        demand("small_first", 0 <= self.small_first < 1, "in [0, 1)")
         demand("patience", self.patience is None or self.patience >= 1, "None or a whole number from 1")
         demand("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         demand("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
@@ -165,6 +167,17 @@ def mix_batch(
     return (mixup if mixing == "mixup" else cutmix)(images, targets, generator)
 
 
+def reduced_at_first(
+    images: Tensor,  # (batch, 3, h, w) in [0, 1]
+    epoch: int,      # counts from 0
+    recipe: Recipe,  # says for how long
+) -> Tensor:         # the same, or (batch, 3, 3 h / 4, 3 w / 4)
+    "Reduce the images of the first epochs to three quarters of their width, if the recipe says so."
+    if epoch >= min(round(recipe.small_first * recipe.epochs), recipe.epochs - 1):
+        return images
+    return F.interpolate(images, scale_factor=0.75, mode="bilinear", antialias=True)
+
+
 def make_accelerator(
     tracker: str | None = None,  # "tensorboard", "wandb", …: anything that accelerate knows
     logs: Path | None = None,    # folder that a tracker writes to
@@ -245,6 +258,7 @@ class Trainer:
         kept = self.state_file is not None and epoch > 0
         self.model.train()
         for step, (images, labels) in enumerate(self.batches):
+            images = reduced_at_first(images, epoch, self.recipe)
             images, targets = mix_batch(images, labels, classes, self.recipe.mixing, mixing)
             with self.accelerator.autocast():
                 logits = self.model(images)  # (batch, classes)
