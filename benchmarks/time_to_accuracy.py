@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
-from tools import at_least, run
-from vision_course.core import fast_bfloat16, pick_device, provenance
+from tools import at_least, run, training_precision
+from vision_course.core import pick_device, provenance
 from vision_course.data import Split, load
 from vision_course.resnet import resnet, resnet_recipe
 from vision_course.train import evaluate, fit, predict_augmented
@@ -187,9 +187,7 @@ def main():
     parser.add_argument("--tutorial-seconds", type=float, default=60, help="of its training at most; 0 leaves it out (default 60)")
     options = parser.parse_args()
     device = pick_device()
-    precision = "bfloat16" if fast_bfloat16(device) else "float32"
-    if precision == "float32":
-        print("This machine has no fast bfloat16: the course's recipe runs in float32 too.")
+    precision = training_precision(device)
     data = load(options.dataset, seed=0)
     peak = {name: convolution_peak(device, name) for name in dict.fromkeys((precision, "float32"))}
     print("convolution peak:", ", ".join(f"{value / 1e9:,.0f} GFLOP/s in {name}" for name, value in peak.items()))

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from vision_course.core import CourseError
+from vision_course.core import CourseError, fast_bfloat16
 
 
 def at_least(lowest):
@@ -15,6 +15,14 @@ def at_least(lowest):
         return number
 
     return whole
+
+
+def training_precision(device):
+    """What the course trains in on this device; said, where it is not the fast one."""
+    if fast_bfloat16(device):
+        return "bfloat16"
+    print("This machine has no fast bfloat16: the course's recipe runs in float32.")
+    return "float32"
 
 
 def run(main):

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from tools import at_least, run
-from vision_course.core import output_folder, provenance
+from tools import at_least, run, training_precision
+from vision_course.core import output_folder, pick_device, provenance
 from vision_course.augment import pixels_last, places, to_float
 from vision_course.data import AUGMENTATIONS, Split, load, windows
 from vision_course.readers import channels_first, resized
@@ -68,6 +68,7 @@ def main():
     parser.add_argument("--folder", type=Path, default=ASSETS, help="where the two files go (default: into the package)")
     options = parser.parse_args()
 
+    training_precision(pick_device())
     AUGMENTATIONS["reduced_window"] = reduced_window
     data = load("tiny_imagenet", seed=0)
     data = data.smaller(options.images) if options.images else data

@@ -25,6 +25,16 @@ def test_a_bad_option_ends_a_benchmark_with_one_line(words, said, tmp_path):
     assert done.returncode and "Traceback" not in done.stderr and said in done.stderr.splitlines()[-1]
 
 
+def test_a_machine_without_bfloat16_says_so_and_uses_float32(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import tools
+
+    monkeypatch.setattr(tools, "fast_bfloat16", lambda device: False)
+    assert tools.training_precision(torch.device("cpu")) == "float32" and "no fast bfloat16" in capsys.readouterr().out
+    monkeypatch.setattr(tools, "fast_bfloat16", lambda device: True)
+    assert tools.training_precision(torch.device("cpu")) == "bfloat16" and capsys.readouterr().out == ""
+
+
 def test_all_images_are_those_of_training_and_validation(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     from time_to_accuracy import with_validation_images

@@ -182,6 +182,15 @@ def test_fits_refuse_an_empty_set(fit):
         fit(torch.zeros(4, 3), torch.tensor([0, 1, 2, 3]))
 
 
+def test_an_empty_calibration_set_leaves_the_checkpoint_as_it_was(tmp_path):
+    checkpoint = tmp_path / "net-seed0.safetensors"
+    save_checkpoint(checkpoint, torch.nn.Linear(2, 2), {"recipe": "short"})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CourseError, match="empty"):
+        load_or_calibrate(checkpoint, torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_miscoverage_must_be_a_share():
     logits, labels = forecaster(20)
     with pytest.raises(CourseError, match="between 0 and 1"):

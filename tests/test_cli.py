@@ -60,6 +60,17 @@ def test_data_says_what_is_in_a_folder(command, photos):
     assert status == 0 and "2 classes" in out and "train" in out
 
 
+def test_a_folder_is_the_same_by_any_path(command, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    status, out, err = command("train", "small_cnn", "--dataset", photos.name, "--epochs", 1)
+    assert status == 0, err
+    checkpoint = out.split()[-1]
+    monkeypatch.chdir(tmp_path)
+    assert command("evaluate", checkpoint)[0] == 0
+    status, out, _ = command("train", "small_cnn", "--dataset", photos, "--epochs", 1)
+    assert status == 0 and out.split()[-1] == checkpoint and len(list(tmp_path.rglob("small_cnn-seed0.safetensors"))) == 1
+
+
 def test_publishing_into_other_folders_or_of_another_seed_is_refused_at_once(command, monkeypatch):
     assert refused(command("report", "--publish"), "VISION_COURSE_OUTPUTS")
     monkeypatch.delenv("VISION_COURSE_OUTPUTS")

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from vision_course.batches import Batches
+from vision_course.cnn import small_cnn
 from vision_course.core import CourseError
 from vision_course.data import AUGMENTATIONS, Dataset, augmentation, channel_statistics, load, near_duplicates, shapes_dataset
 from vision_course.images import to_rgb
@@ -75,6 +76,51 @@ def test_folder_with_its_own_sides(tmp_path, root):
         write_classes(tmp_path / "own" / side, count=4 - i, first=10_000 * i)
     data = load(str(tmp_path / "own"), root)
     assert [len(split) for split in everything(data)] == [8, 6, 4]
+
+
+def test_sides_with_capital_letters_are_sides(tmp_path, root):
+    for i, side in enumerate(("Training", "Testing")):
+        write_classes(tmp_path / "own" / side, count=10 - i, first=10_000 * i)
+    data = load(str(tmp_path / "own"), root)
+    assert data.classes == ("cat", "dog") and len(data.test) == 18
+    vehicles = load(str(write_classes(tmp_path / "vehicles", names=("Car", "Train"))), root)
+    assert vehicles.classes == ("Car", "Train")
+
+
+def test_hidden_folders_are_left_out_and_links_are_followed_once(own, tmp_path, root):
+    picture(77).save(own / "cat" / "77.png")
+    (own / "cat" / ".originals").mkdir()
+    picture(78).save(own / "cat" / ".originals" / "78.png")
+    (tmp_path / "elsewhere").mkdir()
+    picture(79).save(tmp_path / "elsewhere" / "79.png")
+    (own / "cat" / "more").symlink_to(tmp_path / "elsewhere")
+    (own / "cat" / "round").symlink_to(own / "cat")
+    assert sum(map(len, everything(load(str(own), root)))) == 22
+
+
+def test_a_folder_that_nobody_may_read_is_named(own, root):
+    inner = own / "cat" / "locked"
+    inner.mkdir()
+    inner.chmod(0)
+    try:
+        if os.access(inner, os.R_OK):
+            pytest.skip("this user may read everything")
+        with pytest.raises(CourseError) as error:
+            load(str(own), root)
+        assert f"{inner}: cannot be read" in line(error)
+    finally:
+        inner.chmod(0o700)
+
+
+def test_a_channel_that_is_the_same_everywhere_can_be_normalised(tmp_path, root):
+    for name in ("cells", "none"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for i in range(10):
+            red, black = picture(i + 100 * (name == "none")).getchannel(0), Image.new("L", (24, 20))
+            Image.merge("RGB", (red, black, black)).save(tmp_path / "own" / name / f"{i}.png")
+    data = load(str(tmp_path / "own"), root)
+    assert data.std[0] > 0.05 and data.std[1:] == pytest.approx((1 / 255,) * 2)
+    assert torch.isfinite(small_cnn(data).eval()(data.train.images[:4] / 255)).all()
 
 
 def test_copies_never_stand_on_two_sides(own, root):
@@ -186,10 +232,20 @@ def test_larger_than_memory_streams_with_the_same_batches(own, root, monkeypatch
             assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
 
 
-def test_memory_limit_must_be_a_number(monkeypatch, own, root):
-    monkeypatch.setenv("VISION_COURSE_MEMORY_LIMIT", "lots")
-    with pytest.raises(CourseError, match="VISION_COURSE_MEMORY_LIMIT='lots': not a number"):
+@pytest.mark.parametrize("value", ["lots", "inf", "nan"])
+def test_memory_limit_must_be_a_number(monkeypatch, own, root, value):
+    monkeypatch.setenv("VISION_COURSE_MEMORY_LIMIT", value)
+    with pytest.raises(CourseError, match=f"VISION_COURSE_MEMORY_LIMIT='{value}': not a number"):
         load(str(own), root)
+
+
+def test_reading_from_the_disk_leaves_the_random_numbers_alone(own, root, monkeypatch):
+    monkeypatch.setenv("VISION_COURSE_MEMORY_LIMIT", "0.000001")
+    batches = Batches(load(str(own), root).train, 4)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    assert len(list(batches)) > 1 and torch.equal(torch.rand(3), expected)
 
 
 # Bad input: one line that says what, where, what to do
@@ -383,6 +439,13 @@ def test_any_part_of_a_folder_has_images_of_many_classes(root, tmp_path):
     assert all(len(split.labels[:10].unique()) > 2 for split in everything(data))
     again = load(str(tmp_path / "own"), root, image_size=16)
     assert torch.equal(data.train.images, again.train.images) and data.fingerprint == again.fingerprint
+
+
+def test_tiny_imagenet_without_its_words_says_so(tiny, root):
+    assert "class_names" not in load("tiny_imagenet", root).notes
+    (tiny / "words.txt").unlink()
+    data = load("tiny_imagenet", root)
+    assert "words.txt is not there" in data.notes["class_names"] and data.classes[0].startswith("n")
 
 
 def test_tiny_imagenet_with_a_missing_image(tiny, root):

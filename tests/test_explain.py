@@ -263,8 +263,8 @@ def test_integrated_gradients_are_complete():
     assert (whole - rise).abs().max() < 0.01 * rise.abs().max()
 
 
-def test_smooth_grad_averages_captum_gradients():
-    model, _, images, targets = make("ours")
+def test_smooth_grad_averages_captum_gradients(network):
+    model, _, images, targets = network
     noise = torch.Generator().manual_seed(3)
     copies = [images + 0.2 * torch.randn(images.shape, generator=noise) for _ in range(4)]
     gradients = [Saliency(model).attribute(x.requires_grad_(), target=targets, abs=False) for x in copies]

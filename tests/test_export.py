@@ -19,7 +19,7 @@ from vision_course import export
 from vision_course.calibration import load_calibration, load_or_calibrate
 from vision_course.card import SECTIONS, model_card, write_card
 from vision_course.cnn import small_cnn
-from vision_course.core import CourseError, output_folder, save_result
+from vision_course.core import CourseError, output_folder, run_name, save_result
 from vision_course.data import load
 from vision_course.export import Deployable, answers, demand_parity, export_model, open_exported, parity
 from vision_course.predictor import Predictor, read_image
@@ -189,6 +189,11 @@ def test_limits_of_parity():
     assert found.agreement == 1 and found.drift == pytest.approx(0.06)
     with pytest.raises(CourseError, match="off by 0.06 on average"):
         demand_parity(found, "onnx-int8")
+    lost = before.copy()
+    lost[7] = np.nan
+    for format in ("onnx", "onnx-int8"):
+        with pytest.raises(CourseError, match="off by nan"):
+            demand_parity(parity(before, lost, labels), format)
     with pytest.raises(CourseError, match="shapes"):
         parity(before, before[:3], labels)
 
@@ -384,6 +389,7 @@ def test_export_writes_files_and_a_repository_for_triton(trained, command, tmp_p
     folder = output_folder(data.name) / "exports"
     assert str(folder / "model.int8.onnx") in out and (folder / "model.onnx").exists()
     config = next((tmp_path / "models").rglob("config.pbtxt"))
+    assert config.parent.name == f"{run_name(data.name)}-small_cnn"  # another data set's model stays where it is
     assert "TYPE_UINT8" in config.read_text() and (config.parent / "1" / "model.onnx").exists()
     assert refused(command("export", "--format", "h5"))
 

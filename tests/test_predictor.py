@@ -202,6 +202,21 @@ def test_rows_and_text(model, tmp_path, monkeypatch):
         list_images([tmp_path / "empty"])
 
 
+def test_a_name_that_is_no_text_does_not_stop_the_others(course, tmp_path):
+    model = colour_model(tmp_path / "colours.onnx")
+    (tmp_path / "own").mkdir()
+    for name in (b"a.png", b"caf\xe9.png", b"z.png"):
+        with open(os.path.join(os.fsencode(tmp_path / "own"), name), "wb") as file:
+            file.write(file_of(Image.new("RGB", (30, 20), (220, 30, 30))))
+    done = course("predict", "own", "--model", model, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(row) for row in done.stdout.splitlines()]
+    assert [row["class"] for row in rows] == ["red"] * 3 and rows[1]["image"].endswith("caf\udce9.png")
+    assert course("predict", "own", "--model", model).stdout.count(" red ") == 3
+    done = course("predict", "x" * 300, "own/a.png", "--model", model)
+    assert done.returncode == 2 and "cannot be read" in done.stderr and done.stdout.count(" red ") == 1
+
+
 @pytest.mark.parametrize("spoil, words", [
     (lambda path: path.unlink(), "not there"),
     (lambda path: path.write_bytes(b""), "cannot be loaded"),

@@ -2,6 +2,10 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -27,6 +31,17 @@ def test_published_runs_are_whole_small_and_of_committed_code(folder):
         assert re.fullmatch("[0-9a-f]{12}", stored["provenance"]["commit"]), chapter
     assert all(path.stat().st_size <= MOST_BYTES for path in folder.glob("*.png"))
     assert all(path.stat().st_size <= MOST_WEIGHTS for path in (ROOT / "data" / "pretrained").glob("*.safetensors"))
+
+
+def test_a_wheel_brings_the_backbone_the_pages_and_the_template(tmp_path):
+    ignored = shutil.ignore_patterns(".venv", ".git", "data", "outputs", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, tmp_path / "copy", ignore=ignored)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, tmp_path / "copy"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "vision_course" / "assets").iterdir()}
+    assert {"vision_course/assets/backbone.safetensors", "vision_course/assets/backbone.json"} <= wanted <= names
 
 
 def test_readme_opens_with_sentence_picture_table_and_commands():

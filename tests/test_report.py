@@ -117,6 +117,16 @@ def test_a_process_that_dies(project):
         run_chapters("shapes", chapters=["02"])
 
 
+def test_after_a_process_has_died_no_older_page_counts_as_new(project):
+    dead = notebook("Dead", new_code_cell("import os; os._exit(9)"))
+    with pytest.raises(CourseError, match="02_bad failed in cell"):
+        make_report("shapes")
+    nbformat.write(dead, project / "nbs" / "01_good.ipynb")
+    with pytest.raises(CourseError, match="^01_good failed: its process died.*$"):  # there is no page to name
+        make_report("shapes")
+    assert not list((project / "outputs" / "shapes" / "notebooks").iterdir())
+
+
 def test_ctrl_c_stops_the_run_and_its_kernel(project):
     body = "import os, time, pathlib\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(60)"
     nbformat.write(notebook("Slow", new_code_cell(body)), project / "nbs" / "01_good.ipynb")

@@ -148,6 +148,8 @@ def test_a_form_that_is_not_right_is_refused(port):
     assert refused(call(port, "POST", "/predict", body, {"Content-Type": "multipart/form-data"}), 400, "boundary")
     assert refused(call(port, "POST", "/predict", body, {"Content-Type": "multipart/form-data; boundary=other"}), 400)
     assert refused(call(port, "POST", "/predict", body[:200], headers), 400)
+    undefined = {"Content-Type": headers["Content-Type"] + "; charset=undefined"}
+    assert refused(call(port, "POST", "/predict", body, undefined), 400, "cannot be read")
     twice = body.removesuffix(b"--limit--\r\n") + body
     assert refused(call(port, "POST", "/predict", twice, headers), 400, "Too many files")
     assert refused(call(port, "GET", "/predict"), 405) and refused(call(port, "GET", "/nothing"), 404) and alive(port)
@@ -214,6 +216,9 @@ def test_tensors_in_json(port, images, expected):
         assert (output["name"], output["datatype"], output["shape"]) == ("probabilities", "FP32", [5, 3])
         assert np.array_equal(np.array(output["data"], np.float32).reshape(5, 3), expected)
     assert infer(port, {"inputs": [tensor(images)]}, "/v2/models/colours/versions/1/infer")[0] == 200
+    status, reply = infer(port, {"id": "\ud800", "inputs": [tensor(images)]})  # half of a character is still an id
+    assert status == 200 and reply["id"] == "\ud800"
+    assert refused(infer(port, {"inputs": [tensor(images, shape="\ud800")]}), 400, "shape")
 
 
 @pytest.mark.parametrize("wish", [
@@ -323,15 +328,14 @@ def test_random_damage_never_breaks_it(port):
 
 def test_sixteen_clients_at_once(port):
     headers, body = form(RED)
-    failures = []
+    answers = []
 
     def client():
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         for _ in range(20):
             connection.request("POST", "/predict", body, headers)
             reply = connection.getresponse()
-            if json.loads(reply.read()).get("class") != "red" or reply.status != 200:
-                failures.append(reply.status)
+            answers.append((reply.status, json.loads(reply.read()).get("class")))
         connection.close()
 
     clients = [threading.Thread(target=client) for _ in range(16)]
@@ -339,7 +343,7 @@ def test_sixteen_clients_at_once(port):
         thread.start()
     for thread in clients:
         thread.join()
-    assert not failures
+    assert answers == [(200, "red")] * 320
 
 
 def test_small_answers_are_not_held_back(port):
@@ -416,9 +420,10 @@ def test_the_command(course, tmp_path):
     finally:
         process.terminate()
         assert process.wait(30) == 0
-    for words in (["none.onnx", "not there"], [__file__, "cannot be loaded"]):
-        wrong = course("serve", words[0])
-        assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and words[1] in wrong.stderr
+    for *words, reason in (["none.onnx", "not there"], [__file__, "cannot be loaded"], [path, "--host", "192.0.2.1", "Look at --host"],
+                           [path, "--host", "a..b", "Look at --host"]):
+        wrong = course("serve", *words)
+        assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and reason in wrong.stderr
 
 
 # the page
@@ -440,6 +445,14 @@ def test_no_name_of_a_class_can_break_out_of_the_page(tmp_path):
         assert upload(port, RED)[1]["class"] == evil[0]
 
 
+def test_where_a_folder_lies_is_nobodys_business(tmp_path):
+    path = colour_model(tmp_path / "own.onnx", about={"dataset": "/home/ada/photos"})
+    with running(make_app(Predictor(path))) as port:
+        for address in ("/", "/v2/models/own"):
+            answer = call(port, "GET", address)[2].decode()
+            assert "photos" in answer and "/home/ada" not in answer
+
+
 class Browser:
     """Headless Chromium, spoken to over a pipe in its DevTools protocol."""
 
@@ -459,7 +472,7 @@ class Browser:
         self.number, self.rest, self.events, self.session = 0, b"", [], None
         target = self("Target.createTarget", url="about:blank")["targetId"]
         self.session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "DOM", "Network"):
+        for domain in ("Page", "Runtime", "DOM", "Network", "Log"):
             self(f"{domain}.enable")
 
     def message(self):

@@ -85,6 +85,7 @@ def test_two_processes_compute_the_gradients_of_one(tmp_path):
         "torch.manual_seed(0)\n"
         "model, data = linear(None), small_dataset()\n"
         "fit(model, data, Recipe('linear', 3, 64, learning_rate=0.01, augment='flip+crop'))\n"
+        "fit(model, data, Recipe('again', 1, 64, learning_rate=0.01, augment='flip+crop'))\n"
         "import os\n"
         "if int(os.environ.get('RANK', 0)) == 0: torch.save(model.state_dict(), sys.argv[1])\n"
     )
@@ -169,9 +170,47 @@ def test_early_stopping_keeps_the_best_weights():
     assert model.epochs.item() == 4
 
 
+class Watching(torch.nn.Module):
+    """Notes the widths of what it is trained on, and says of a bright image that it is bright."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.widths = torch.nn.Linear(3, 2), []
+
+    def forward(self, x):
+        if self.training:
+            self.widths.append((x.shape[-1], x.is_contiguous(memory_format=torch.channels_last)))
+        return self.head(x.mean((2, 3)))
+
+
+def test_small_images_come_first_and_the_last_epoch_is_whole():
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = replace(small_dataset(), train=Split(images, torch.arange(64) % 2))
+    model = Watching()
+    fit(model, data, Recipe("growing", 3, 64, small_first=0.9, mixing="cutmix"))
+    assert model.widths == [(24, True), (24, True), (32, True)]
+
+
+def test_patience_begins_where_the_images_are_whole():
+    data, model = small_dataset(), Watching()
+    torch.nn.init.zeros_(model.head.weight)
+    history = fit(model, data, Recipe("growing", 8, 64, learning_rate=1e-12, small_first=0.5, patience=2, augment="none"))
+    assert history.valid_accuracy.nunique() == 1 and len(history) == 6  # four small epochs, and two without a better one
+
+
+def test_a_validation_loss_that_is_not_a_number_stops_the_training():
+    class Broken(Watching):
+        def forward(self, x):
+            return super().forward(x) * (1 if self.training else float("nan"))
+
+    with pytest.raises(CourseError, match=r"loss is nan at step 4 \(epoch 1\)"):
+        fit(Broken(), small_dataset(), Recipe("broken", 1, 64))
+
+
 @pytest.mark.parametrize("field, value", [
     ("epochs", 0), ("batch_size", 0), ("learning_rate", 0.0), ("learning_rate", float("nan")), ("weight_decay", -1.0),
     ("label_smoothing", 1.0), ("optimizer", "adam"), ("schedule", "steps"), ("mixing", "cut"), ("augment", "flop"), ("patience", 0),
+    ("small_first", 1.0),
 ])
 def test_a_recipe_out_of_range_is_refused_by_name(field, value):
     with pytest.raises(CourseError, match="flop" if field == "augment" else field):

@@ -70,7 +70,8 @@ def from_disk(
 ) -> Iterator[tuple[Tensor, Tensor]]:  # uint8 (batch, height, width, 3) and labels
     "Read each batch's rows through a DataLoader."
     read = partial(_read_rows, split.images.permute(0, 2, 3, 1), split.labels)
-    for images, labels in DataLoader(plan, batch_size=None, num_workers=workers, collate_fn=read):
+    own = torch.Generator()  # without one, a loader takes a random number from the generator that dropout uses
+    for images, labels in DataLoader(plan, batch_size=None, num_workers=workers, collate_fn=read, generator=own):
         yield images.to(device), labels.to(device)
 
 

@@ -57,9 +57,10 @@ def data_section(results: dict) -> list[str]:  # by chapter
     found = results["01_data"]
     rows = [[name, f"{found[side]:,}"] for name, side in
             (("to learn from", "train"), ("to choose and calibrate by", "valid"), ("to judge by, opened once a chapter", "test"))]
-    notes = [f"{what.replace('_', ' ')}: {value}" for what, value in found.get("notes", {}).items()]
+    notes = [f"{what.replace('_', ' ')}: {len(value) if isinstance(value, list) else value}"
+             for what, value in found.get("notes", {}).items()]
     return [
-        f"Data set `{results['08_export']['facts']['dataset']}`, {found['classes']} classes, "
+        f"Data set `{Path(results['08_export']['facts']['dataset']).name}`, {found['classes']} classes, "
         f"images of {found['image_size']} × {found['image_size']} pixels.", "",
         *table(["images", "number"], rows), "", *(["Noted while loading: " + "; ".join(notes) + "."] if notes else []),
     ]
@@ -163,8 +164,8 @@ def limit_section(results: dict) -> list[str]:  # by chapter
     "What no number here covers."
     facts, kinds = results["08_export"]["facts"], {row["kind"] for row in results.get("06_calibration", {}).get("shift", [])}
     return [
-        f"- Every image is cut to a square and resized to {facts['image_size']} × {facts['image_size']} pixels. What is smaller than "
-        "that, or outside the square, is not seen.",
+        f"- Every image is cut to a square and resized to {facts['image_size']} × {facts['image_size']} pixels. Detail that is lost "
+        "at that size, and whatever lies outside the square, is not seen.",
         "- Probabilities and sets are calibrated on images from the same source as the training data. On others they promise "
         "nothing, and do not say so.",
         "- The test images were drawn with the training images. A new camera, another country or a later year is another source.",

@@ -218,6 +218,9 @@ class Pupil(nn.Module):
         self.student, self.temperature, self.weight = student, temperature, weight
         self.hidden = (teacher,)  # in a tuple, it is no part of this network: not trained, not saved
 
+    def extra_repr(self) -> str:  # goes into the key of a training
+        return f"temperature={self.temperature:g}, weight={self.weight:g}"
+
     def forward(self, x: Tensor) -> Tensor:  # (batch, 3, h, w) in [0, 1] -> (batch, classes) logits
         return self.student(x)
 

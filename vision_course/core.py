@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
+from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
@@ -49,7 +50,10 @@ def run_name(
     dataset: str,  # a data set's name, or the path of a folder of images
 ) -> str:          # letters, digits, "-" and "_" only
     "A name for a data set that can be the name of a folder."
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", str(dataset)).strip("-") or "dataset"
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", str(dataset)).strip("-") or "dataset"
+    if str(dataset).isascii():  # else two names without a Latin letter would become one
+        return name
+    return f"{name}-{sha256(str(dataset).encode(errors='surrogateescape')).hexdigest()[:6]}"
 
 
 def output_folder(

@@ -26,6 +26,7 @@ from vision_course.augment import (
 )
 from .batches import Batches
 from .core import CourseError, data_root
+from .files import full_path
 from .readers import channels_first, find_source, memory_limit
 from .shapes import CLASSES, rendered
 from .splits import Split, arrange, image_hashes, make_sides, split_digest, stratified_rows
@@ -90,7 +91,7 @@ def channel_statistics(
         squares += _by_channel(x.square())
     count = len(images) * images.shape[2] * images.shape[3]
     mean = total / count
-    std = (squares / count - mean**2).clamp(min=0).sqrt()
+    std = (squares / count - mean**2).clamp(min=1).sqrt()  # a channel may be the same everywhere
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
 
 
@@ -186,6 +187,7 @@ def load(
         raise CourseError(f"seed {seed}: must be 0 or more.")
     if image_size is not None and not 16 <= image_size <= 224:
         raise CourseError(f"image_size {image_size}: must be from 16 to 224 pixels.")
+    name = full_path(str(name))
     if name == "shapes":
         return shapes_dataset(seed, image_size or 32)
     root = Path(root or data_root())

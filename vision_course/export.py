@@ -334,11 +334,11 @@ def demand_parity(
     "Refuse a file that does not answer as the network does."
     words = ""
     if not format.endswith("int8"):
-        if found.difference > LIMITS["difference"]:
+        if not found.difference <= LIMITS["difference"]:  # so that it fails if it is not a number
             words = f"a probability is off by {found.difference:.2g}, allowed are {LIMITS['difference']:g}"
-    elif found.agreement < LIMITS["agreement"]:
+    elif not found.agreement >= LIMITS["agreement"]:
         words = f"only {found.agreement:.2%} of the answers are the same, {LIMITS['agreement']:.1%} are asked for"
-    elif found.drift > LIMITS["drift"]:
+    elif not found.drift <= LIMITS["drift"]:
         words = f"a probability of an image is off by {found.drift:.2g} on average, allowed are {LIMITS['drift']:g}"
     if words:
         raise CourseError(

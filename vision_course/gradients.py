@@ -22,8 +22,8 @@ ROW_LENGTH = 64   # pixels, about, of images laid side by side
 
 def in_rows(
     images: Tensor,            # (n, channels, h, w)
-    length: int = ROW_LENGTH,  # of a row, pixels, at most where more than one image stands in it
-) -> Tensor:                   # (rows, channels, h, length or less), channels last, zeros after every image and the last one
+    length: int = ROW_LENGTH,  # pixels in a row, at most; a single image may be wider
+) -> Tensor:                   # (rows, channels, h, width of a row), channels last; a column of zeros after each image
     "Lay images side by side, a column of zeros after each."
     n, _, _, width = images.shape
     many = min(n, max(1, length // (width + 1)))

@@ -47,7 +47,8 @@ def fold_norms(
     for sequence in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
         for i in range(len(sequence) - 3):
             conv, pool, norm, relu = layers = [sequence[i + k] for k in range(4)]
-            if all(isinstance(layer, kind) for layer, kind in zip(layers, kinds)) and (norm.weight > 0).all():
+            fits = all(isinstance(layer, kind) for layer, kind in zip(layers, kinds)) and norm.running_var is not None
+            if fits and (norm.weight is None or (norm.weight > 0).all()):
                 sequence[i], sequence[i + 1], sequence[i + 2] = fuse_conv_bn_eval(conv, norm), relu, pool
                 sequence[i + 3] = nn.Identity()
     return network

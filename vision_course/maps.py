@@ -220,7 +220,7 @@ def pixel_curves(
     with evaluating(model), torch.no_grad():
         first, last, curves = chance(start), chance(end), {}
         for name, x in maps.items():
-            mixed = torch.randperm(x[0].numel(), generator=torch.Generator().manual_seed(0))  # equal pixels in any order
+            mixed = torch.randperm(x[0].numel(), generator=torch.Generator().manual_seed(0))  # equal pixels change in one random order, the same for all images
             ranks = x.flatten(1)[:, mixed].to(start.device).argsort(dim=1, descending=True, stable=True).argsort(1)
             ranks = ranks[:, mixed.argsort()]
             ranks = ranks.view_as(x)[:, None]  # (images, 1, h, w), 0 at the highest pixel

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .core import CourseError
+from .core import CourseError, needed
 
 # %% ../nbs/lib/metrics.ipynb #7be2cc85
 def confusion_matrix(
@@ -69,12 +69,13 @@ def mean_and_spread(
 def spread_and_margin(
     rows: Sequence[Sequence[float]],  # (rows, runs), at least two runs, as many in each row
 ) -> tuple[float, float]:             # standard deviation of one run; difference between two means that is more than luck
-    "How far a run strays, pooled over the rows, and twice the standard error of a difference between two rows."
+    "How far a run strays, pooled over the rows, and what luck keeps a difference between two rows within in 95 % of cases."
     if len({len(row) for row in rows}) != 1 or len(rows[0]) < 2:
         raise CourseError("spread_and_margin: every row must have as many runs as the others, and at least two.")
     table = torch.as_tensor(rows, dtype=torch.float64)
     spread = table.var(1).mean().sqrt().item()
-    return spread, 2 * spread * (2 / table.shape[1]) ** 0.5
+    errors = needed("scipy.stats", "dev").t.ppf(0.975, table.numel() - len(table))  # about 2 for many runs, 4.3 for two rows of two
+    return spread, float(errors) * spread * (2 / table.shape[1]) ** 0.5
 
 
 def better_or_worse(

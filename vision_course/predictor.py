@@ -8,6 +8,7 @@ __all__ = ['FORMAT_VERSION', 'load_graph', 'read_metadata', 'Predictor', 'answer
 
 # %% ../nbs/lib/predictor.ipynb #0c1a5a76
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -36,7 +37,7 @@ def load_graph(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
     options.enable_cpu_mem_arena = False  # an arena keeps what the largest batch needed, for ever
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CourseError(f"{path}: not there. Write it with `vision-course export`.")
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -124,7 +125,7 @@ def list_images(
     "Find the pictures that somebody means."
     found = []
     for word in words:
-        if not Path(word).is_dir():
+        if not os.path.isdir(word):  # False also where nobody may look
             found.append(word)
             continue
         inside = sorted(p for p in Path(word).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())

@@ -21,6 +21,7 @@ from PIL import Image
 from .card import write_card
 from .core import CourseError, load_json, needed, output_folder, project_root, save_json, write_atomic
 from .data import load
+from .files import full_path
 from .published import number_in_words
 
 # %% ../nbs/lib/report.ipynb #ebceb496
@@ -138,10 +139,12 @@ def run_chapters(
     chapters: Sequence[str] | None = None,  # numbers or names; None: all
 ) -> list[Outcome]:
     "Execute the chapters in order, one line of progress each; the first that fails stops the run."
-    dataset, files, outcomes = _absolute(dataset), _chapter_files(chapters), []
+    dataset, files, outcomes = full_path(dataset), _chapter_files(chapters), []
     _check(dataset, epochs, seed)
     parameters, folder = {"dataset": dataset, "epochs": epochs, "seed": seed}, output_folder(dataset)
     save_json(folder / "run.json", {"chapters": [[file.stem, *_heading(file)] for file in _chapter_files()]})
+    for file in files:  # what an earlier run left of them is not this run's
+        (folder / "notebooks" / file.name).unlink(missing_ok=True)
     for i, file in enumerate(files):
         print(f"{i + 1}/{len(files)}  {file.stem:<24}", end="", flush=True)
         start, target = time.perf_counter(), folder / "notebooks" / file.name
@@ -158,12 +161,6 @@ def run_chapters(
 def _duration(seconds):
     "Such as 7 s, or 2 min 05 s."
     return f"{seconds:.0f} s" if seconds < 59.5 else f"{round(seconds) // 60} min {round(seconds) % 60:02} s"
-
-
-def _absolute(dataset):
-    "A folder of images by its full path, because the chapters run in another folder; names stay."
-    known = ("shapes", "cifar10", "fashion_mnist", "tiny_imagenet")
-    return str(Path(dataset).resolve()) if dataset not in known and Path(dataset).is_dir() else dataset
 
 
 def _heading(path):
@@ -232,7 +229,7 @@ class Chapter:
     name: str                     # such as "02_scratch_cnn"
     title: str                    # its first heading
     promise: str                  # its first quotation
-    state: str = "has not run"    # "done", "failed in cell 7", "was stopped before its end" or "has not run"
+    state: str = "has not run"    # "done", "failed in cell 7", "was stopped before its end", "… while its file was written"
     error: str = ""               # such as "ValueError: wrong"
     seconds: float = 0.0          # wall clock
     parameters: dict = field(default_factory=dict)  # dataset, epochs, seed
@@ -320,7 +317,7 @@ def render_report(
     dataset: str,  # the data set of a run
 ) -> Path:         # outputs/<dataset>/report/index.html
     "Write the pages from what lies in outputs/<dataset>/; each is one file that needs no network."
-    dataset = _absolute(dataset)
+    dataset = full_path(dataset)
     folder = output_folder(dataset)
     planned = load_json(folder / "run.json")["chapters"] if (folder / "run.json").exists() else []
     chapters = {name: Chapter(name, title, promise) for name, title, promise in planned}
@@ -329,7 +326,8 @@ def render_report(
     pages = [chapter for chapter in chapters if chapter.body]
     if not pages:
         raise CourseError(f"{folder}: no chapter has run here yet. Run vision-course report --dataset {dataset} first.")
-    card = _read_card(dataset, folder)
+    exported = any(chapter.name == "08_export" and chapter.state == "done" for chapter in chapters)
+    card = _read_card(dataset, folder) if exported else None  # an earlier run's results are not this run's
     common = {"css": (ASSETS / "report.css").read_text("utf-8"), "dataset": Path(dataset).name, "chapters": chapters, "card": card}
     leaves = [*pages, *([card] if card else [])]
     for previous, chapter, following in zip([None, *leaves], leaves, [*leaves[1:], None]):
@@ -361,7 +359,11 @@ def make_report(
     try:
         run_chapters(dataset, epochs, seed, chapters)
     except ChapterFailed as failure:
-        raise ChapterFailed(f"{failure}\n\nThe pages made so far: {render_report(dataset)}") from None
+        try:
+            made = render_report(dataset)
+        except CourseError:  # there is not one page
+            raise failure from None
+        raise ChapterFailed(f"{failure}\n\nThe pages made so far: {made}") from None
     page = render_report(dataset)
     print(f"Report: {page}")
     return page

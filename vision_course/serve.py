@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MOST_IMAGES', 'MOST_AT_ONCE', 'INFERNO', 'HEAT', 'FORM', 'UPLOAD', 'flat_bytes', 'read_tensor', 'parse_request',
            'only_one', 'infer', 'overlay_png', 'png_bytes', 'place_in_words', 'explained', 'problem', 'LimitBody',
-           'uploaded', 'cores', 'Service', 'server_facts', 'live', 'ready', 'model_facts', 'Protocol', 'make_page',
-           'excuse', 'make_app', 'open_port', 'run']
+           'uploaded', 'cores', 'Service', 'server_facts', 'live', 'ready', 'in_public', 'model_facts', 'Protocol',
+           'make_page', 'excuse', 'make_app', 'open_port', 'run']
 
 # %% ../nbs/lib/serve.ipynb #cd1cc858
 import base64
@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from hashlib import sha256
@@ -47,7 +48,7 @@ except ImportError as error:
 
 # %% ../nbs/lib/serve.ipynb #59bb5189
 MOST_IMAGES = 64    # in one tensor
-MOST_AT_ONCE = 128  # connections; who comes then is told to come back (503), so that uploads can't fill the memory
+MOST_AT_ONCE = 128  # connections; who comes then is told to come back (503)
 
 
 def flat_bytes(
@@ -137,7 +138,7 @@ def infer(
         reply["id"] = request["id"]
     if not _parameters(wish).get("binary_data", _parameters(request).get("binary_data_output", False)):
         tensor["data"] = values.ravel().tolist()
-        return JSONResponse(reply)
+        return Response(json.dumps(reply, allow_nan=False), media_type="application/json")
     tensor["parameters"] = {"binary_data_size": values.nbytes}
     head = json.dumps(reply).encode()
     place = {"Inference-Header-Content-Length": str(len(head))}
@@ -201,9 +202,9 @@ def problem(
     status: int,   # of HTTP, 400 to 599
     message: str,  # one line
     headers: dict | None = None,  # of the answer, besides the usual ones
-) -> JSONResponse:
+) -> Response:
     "An error, in the shape that the protocol gives it."
-    return JSONResponse({"error": message}, status, headers)
+    return Response(json.dumps({"error": message}), status, headers, "application/json")  # in ASCII, so that all text can be said
 
 # %% ../nbs/lib/serve.ipynb #984d5d3c
 class LimitBody:
@@ -259,7 +260,7 @@ async def uploaded(
             if isinstance(file, UploadFile):
                 return await file.read()
             fields = ", ".join(sorted(map(repr, form)))[:80] or "none"
-    except FormParserError as error:
+    except (FormParserError, UnicodeError) as error:
         raise HTTPException(400, f"the form cannot be read ({error}).") from None
     raise HTTPException(400, f"the form has no file in the field 'image' (its fields: {fields}).")
 
@@ -280,6 +281,7 @@ class Service:
     ):
         self.predictor, self.name = predictor, name
         self.cores, self.overlays = CapacityLimiter(max(2, cores())), CapacityLimiter(1)
+        self.decoders = threading.BoundedSemaphore(4)  # a transparent picture of `MOST_PIXELS` takes 0.8 GB while it is decoded
         self.page, self.page_headers = make_page(predictor, name, most_bytes)
 
     async def home(self, request: Request) -> Response:
@@ -302,7 +304,8 @@ class Service:
     def classify(self, content: bytes) -> tuple[dict, np.ndarray, str]:
         "Decode and predict; gives the answer, the pixels, and how long each took."
         notes, start = [], time.perf_counter()
-        pixels = read_image(content, self.predictor.image_size, notes)
+        with self.decoders:
+            pixels = read_image(content, self.predictor.image_size, notes)
         decoded = time.perf_counter()
         found = {**answer(self.predictor, pixels), "notes": notes}
         done = time.perf_counter()
@@ -324,6 +327,13 @@ async def ready() -> dict:
     return {"ready": True}
 
 
+def in_public(
+    predictor: Predictor,  # the model
+) -> dict:                 # its metadata; of a folder of images only the name, for where it lies is nobody's business
+    "What a model may say of itself to everyone."
+    return {**predictor.metadata, "dataset": Path(predictor.metadata.get("dataset") or "").name}
+
+
 def model_facts(
     predictor: Predictor,  # the model
     name: str,             # what it is called
@@ -334,7 +344,7 @@ def model_facts(
     probabilities = {"name": predictor.output, "datatype": "FP32", "shape": [-1, classes]}
     return {
         "name": name, "versions": ["1"], "platform": "onnxruntime_onnx", "inputs": [image], "outputs": [probabilities],
-        "parameters": {"vision_course": json.dumps(predictor.metadata)},
+        "parameters": {"vision_course": json.dumps(in_public(predictor))},
     }
 
 # %% ../nbs/lib/serve.ipynb #a0e859d5
@@ -391,7 +401,8 @@ def make_page(
     most_bytes: int,       # that an upload may have
 ) -> tuple[bytes, dict]:   # the HTML, and the headers that go with it
     "Fill in the page."
-    about = {key: predictor.metadata.get(key) for key in ("network", "dataset", "accuracy")}
+    about = {key: in_public(predictor).get(key) for key in ("network", "dataset", "accuracy")}
+
     about |= {"name": name, "classes": predictor.classes, "size": predictor.image_size, "mostBytes": most_bytes}
     facts = json.dumps(about).replace("<", "\\u003c")  # no text of a model may end the script
     html = (Path(__file__).parent / "assets" / "serve.html").read_text(encoding="utf-8").replace("__FACTS__", facts)
@@ -408,7 +419,7 @@ def make_page(
 async def excuse(
     request: Request,  # that went wrong
     error: Exception,  # of any kind
-) -> JSONResponse:     # in one line
+) -> Response:         # in one line
     "Say what is wrong: with a picture or a tensor, with the request, or with the service."
     if isinstance(error, CourseError):
         return problem(400, " ".join(str(error).split())[:400])
@@ -457,9 +468,10 @@ def open_port(
         listener.bind(address)
         listener.listen(2048)
         return listener
-    except OSError as error:
-        reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error.strerror})"
-        advice = "Choose another with --port (0 takes any that is free)."
+    except (OSError, UnicodeError) as error:  # the latter for what can be no host's name
+        used = getattr(error, "errno", None) == errno.EADDRINUSE
+        reason = "is in use" if used else f"cannot be opened ({getattr(error, 'strerror', None) or error})"
+        advice = "Choose another with --port (0 takes any that is free)." if used else "Look at --host and --port."
         raise CourseError(f"port {port} on {host}: {reason}. {advice}") from None
 
 # %% ../nbs/lib/serve.ipynb #738ae0b8
@@ -483,4 +495,4 @@ def run(
             server.run(sockets=[listener])
         except KeyboardInterrupt:
             pass
-    print("Ended; what was under way has been answered.", flush=True)
+    print("Ended." if server.force_exit else "Ended; what was under way has been answered.", flush=True)

@@ -106,7 +106,7 @@ def make_sides(
     _check_classes(source, sides["train"], groups, 1)
     empty = [side for side in ("valid", "test") if not len(sides[side])]
     if empty:
-        raise CourseError(f"{empty[0]}: no image is left, all are copies of images on another side. Add images.")
+        raise CourseError(f"{empty[0]}: no image is left; all are copies of images elsewhere, or cannot be read. Add images.")
     return {side: sides[side] for side in ("train", "valid", "test")}, before - sum(map(len, sides.values()))
 
 # %% ../nbs/lib/splits.ipynb #b3bbe990

@@ -82,6 +82,11 @@ class Recipe:
         demand("mixing", self.mixing in MIXINGS, f"one of {', '.join(MIXINGS)}")
         augmentation(self.augment)
 
+    @property
+    def small_epochs(self) -> int:
+        "How many epochs, at the beginning, see reduced images."
+        return min(round(self.small_first * self.epochs), self.epochs - 1)
+
 # %% ../nbs/lib/train.ipynb #d1b64fdb
 def small_cnn_recipe(
     dataset: Dataset,          # gives the name and the number of training images
@@ -171,11 +176,12 @@ def reduced_at_first(
     images: Tensor,  # (batch, 3, h, w) in [0, 1]
     epoch: int,      # counts from 0
     recipe: Recipe,  # says for how long
-) -> Tensor:         # the same, or (batch, 3, 3 h / 4, 3 w / 4)
-    "Reduce the images of the first epochs to three quarters of their width, if the recipe says so."
-    if epoch >= min(round(recipe.small_first * recipe.epochs), recipe.epochs - 1):
+) -> Tensor:         # the same, or (batch, 3, 3 h / 4, 3 w / 4), but no side below 16
+    "Reduce the images of the first epochs to three quarters of their width, but not below 16 pixels, if the recipe says so."
+    if epoch >= recipe.small_epochs:
         return images
-    return F.interpolate(images, scale_factor=0.75, mode="bilinear", antialias=True)
+    size = [max(min(side, 16), side * 3 // 4) for side in images.shape[2:]]
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 def make_accelerator(
@@ -239,14 +245,16 @@ class Trainer:
                 self.rows.append(self.train_epoch(epoch, bar))
                 self.keep_best()
                 save_state(self)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # `end_training` would also part the processes, and another training may follow
+            tracker.finish()
         self.plain.load_state_dict(self.best)
         return pd.DataFrame(self.rows)
 
     def stale(self):
         "Say whether the validation score has not risen for as long as the recipe's patience."
         scores = [row["valid_accuracy"] for row in self.rows]
-        return self.recipe.patience is not None and len(scores) - 1 - _argmax(scores) >= self.recipe.patience
+        best = max(_argmax(scores), self.recipe.small_epochs - 1)  # patience begins where the images are whole
+        return self.recipe.patience is not None and len(scores) - 1 - best >= self.recipe.patience
 
     def train_epoch(self, epoch, bar):
         "One pass over the training split and a look at the validation split; a row of the history."
@@ -288,6 +296,8 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
             broadcast_object_list(scores)
+        last, kept = (epoch + 1) * len(self.batches) - 1, self.state_file is not None and epoch > 0
+        demand_finite(torch.tensor([scores[0]["loss"]]), epoch, last, self.recipe, kept)
         row = {
             "epoch": epoch + 1, "train_loss": loss, "train_accuracy": accuracy,
             "valid_loss": scores[0]["loss"], "valid_accuracy": scores[0]["accuracy"],
@@ -385,12 +395,12 @@ def fit(
 
 
 def training_key(
-    model: nn.Module,  # its layers, the shapes of its weights, which learn and at which rates count, not their values
+    model: nn.Module,  # what counts: its layers, the shapes of its weights, which of them learn, how fast; not their values
     dataset: Dataset,  # what is trained on, and what chooses the best epoch
     recipe: Recipe,    # how
     seed: int,         # with which random numbers
 ) -> str:              # 16 hexadecimal digits
-    "The same for the same training, different for any other."
+    "The same for the same training, different for any other; weights to start from must be marked in the data's fingerprint."
     shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
     learning = [name for name, p in model.named_parameters() if p.requires_grad]
     rates = sorted(model.learning_rate_scales().items()) if hasattr(model, "learning_rate_scales") else []
@@ -663,10 +673,11 @@ def losses_at(
     device = pick_device()
     model = model.to(device, memory_format=torch.channels_last).train()
     optimizer, losses = make_optimizer(model, recipe), []
+    shares = [group["lr"] / recipe.learning_rate for group in optimizer.param_groups]  # biases and head may go slower
     batches = Batches(dataset.train, recipe.batch_size, augmentation(recipe.augment), shuffle=True, seed=seed, device=device)
     for rate, (images, labels) in zip(progress(rates, description="rates"), endless(batches)):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for group, share in zip(optimizer.param_groups, shares):
+            group["lr"] = rate * share
         with mixed_precision(device):
             logits = model(images)  # (batch, classes)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
