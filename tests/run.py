@@ -43,7 +43,7 @@ def in_copy(command, compared):
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "data", "outputs", "__pycache__"))
         done = run(BIN / command, cwd=copy)
         if done.returncode:
-            return done.stderr
+            return done.stderr or done.stdout or f"{command} ended with status {done.returncode}"
         ours, theirs = ({p.relative_to(root) for p in root.glob(compared)} for root in (ROOT, copy))
         changed = [p for p in ours & theirs if not filecmp.cmp(ROOT / p, copy / p, shallow=False)]
         return ", ".join(sorted(map(str, [*changed, *(ours ^ theirs)])))

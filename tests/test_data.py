@@ -499,7 +499,6 @@ import hashlib, sys, torch
 torch.set_num_threads(int(sys.argv[1]))
 from vision_course.batches import Batches
 from vision_course.data import augmentation
-from vision_course.images import to_rgb
 from vision_course.splits import Split
 images = (torch.arange(40 * 3 * 32 * 32) % 251).byte().view(40, 3, 32, 32).contiguous(memory_format=torch.channels_last)
 batches = Batches(Split(images, torch.arange(40)), 16, augmentation("flip+crop+cutout+erasing+quarter_turns"), shuffle=True, seed=5)

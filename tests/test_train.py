@@ -171,7 +171,7 @@ def test_early_stopping_keeps_the_best_weights():
 
 
 class Watching(torch.nn.Module):
-    """Notes the widths of what it is trained on, and says of a bright image that it is bright."""
+    """Notes the widths of what it is trained on, and whether the channels lie side by side."""
 
     def __init__(self):
         super().__init__()
