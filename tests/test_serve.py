@@ -25,6 +25,7 @@ pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed (extra 
 pytest.importorskip("fastapi", reason="FastAPI is not installed (extra serve)")
 import uvicorn  # noqa: E402
 
+from vision_course import serve  # noqa: E402
 from vision_course.predictor import Predictor, describe_images  # noqa: E402
 from vision_course.serve import make_app, open_port  # noqa: E402
 
@@ -358,6 +359,32 @@ def test_small_answers_are_not_held_back(port):
     assert min(times) < 0.03, times  # two small packets, the second waiting for the first to be acknowledged, take 0.04
 
 
+def test_at_most_four_pictures_are_decoded_at_a_time(tmp_path, monkeypatch):
+    held, lock, now, most = serve.read_image, threading.Lock(), 0, 0
+
+    def counted(*given):
+        nonlocal now, most
+        with lock:
+            now, most = now + 1, max(most, now + 1)
+        time.sleep(0.1)
+        try:
+            return held(*given)
+        finally:
+            with lock:
+                now -= 1
+
+    monkeypatch.setattr(serve, "read_image", counted)
+    monkeypatch.setattr(serve, "cores", lambda: 12)  # as on a large machine
+    answers = []
+    with running(make_app(Predictor(colour_model(tmp_path / "colours.onnx")))) as port:
+        clients = [threading.Thread(target=lambda: answers.append(upload(port, RED)[1]["class"])) for _ in range(12)]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join()
+    assert answers == ["red"] * 12 and most == 4
+
+
 SLOW = """
 import sys, time
 from vision_course import serve
@@ -405,6 +432,25 @@ def test_told_to_end_it_answers_what_is_under_way(tmp_path, how):
     assert answers == [200] * 6 and process.returncode == 0 and err == "" and "has been answered" in out
     with pytest.raises(ConnectionError):
         call(port, "GET", "/v2/health/live")
+
+
+def test_who_finds_all_places_taken_is_told_to_come_back(tmp_path):
+    command = [sys.executable, "-c", "import sys; from vision_course import serve; serve.run(sys.argv[1], port=0)"]
+    process, port = started([*command, colour_model(tmp_path / "colours.onnx")])
+    try:
+        guests = [socket.create_connection(("127.0.0.1", port)) for _ in range(serve.MOST_AT_ONCE)]
+        end = time.monotonic() + 20
+        while (status := call(port, "GET", "/v2/health/live")[0]) != 503 and time.monotonic() < end:
+            time.sleep(0.05)  # the last guests may not be in yet
+        assert status == 503
+        for guest in guests:
+            guest.close()
+        while (status := call(port, "GET", "/v2/health/live")[0]) != 200 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert status == 200 and alive(port)
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
 
 
 def test_the_command(course, tmp_path):
