@@ -132,12 +132,12 @@ def added(port, content, predictor, rounds):
 
 
 def memory(process, port, content, clients, requests):
-    """Megabytes that the service holds after a tenth of the requests, and after all of them."""
-    held = []
+    """Megabytes that the service holds after a tenth of the requests, and after all of them; and what went wrong."""
+    held, errors = [], []
     for count in (requests // 10, requests - requests // 10):
-        load(port, content, clients, count)
+        errors += load(port, content, clients, count)[1]
         held.append(psutil.Process(process.pid).memory_info().rss / 1e6)
-    return held
+    return held, errors
 
 
 def main():
@@ -156,8 +156,9 @@ def main():
         times, errors, spent = load(port, content, options.clients, options.requests)
         p50, p99 = (1000 * np.percentile(times, share) for share in (50, 99))
         print(f"{options.clients} clients: {len(times) / spent:,.0f} requests a second, p50 {p50:.1f} ms, p99 {p99:.1f} ms")
-        print(f"  {len(errors)} errors of {options.requests:,}")
-        early, late = memory(process, port, content, options.clients, options.memory_requests)
+        (early, late), more = memory(process, port, content, options.clients, options.memory_requests)
+        errors += more
+        print(f"  {len(errors)} errors of {options.requests + options.memory_requests:,}")
         print(f"memory: {early:.0f} MB after {options.memory_requests // 10:,} requests, {late:.0f} MB after {options.memory_requests:,}")
     print(json.dumps({
         "model": options.model.name, "picture_bytes": len(content), "request_ms": request, "alone_ms": alone, "added_ms": request - alone,

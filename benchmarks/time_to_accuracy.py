@@ -18,6 +18,7 @@ among those to learn from; the test split, opened at the end, is the only judge.
 
 import argparse
 import json
+import os
 import statistics
 import time
 from dataclasses import replace
@@ -114,14 +115,20 @@ def run_course(data, options, seed):
     return row, work_of_training(model, data.image_size)
 
 
-def tutorial_batches(split, data, training):
-    """A DataLoader over images that are turned into normalised tensors one at a time."""
+def transformed(rows):
+    """Images and labels of a batch."""
+    return torch.stack([f(image) for f, image, _ in rows]), torch.stack([label for *_, label in rows])
+
+
+def tutorial_batches(split, data, training, device):
+    """A DataLoader over images that are turned into normalised tensors one at a time; for a GPU by workers."""
     steps = [v2.RandomCrop(data.image_size, padding=4), v2.RandomHorizontalFlip()] if training else []
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)]
     transform = v2.Compose(steps)
     pairs = [(transform, image, label) for image, label in TensorDataset(split.images, split.labels)]
-    collate = lambda rows: (torch.stack([f(image) for f, image, _ in rows]), torch.stack([label for *_, label in rows]))
-    return DataLoader(pairs, batch_size=128, shuffle=training, drop_last=training, collate_fn=collate)
+    helped = {"num_workers": min(4, os.cpu_count() or 1), "pin_memory": True, "persistent_workers": True}
+    helped = helped if device.type == "cuda" else {}
+    return DataLoader(pairs, batch_size=128, shuffle=training, drop_last=training, collate_fn=transformed, **helped)
 
 
 def small_resnet18(classes):
@@ -143,8 +150,9 @@ def run_tutorial(data, options, device):
     """SGD with OneCycle, in float32 with PyTorch's own settings, until its epochs or its seconds are over."""
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = True, False  # the course sets both the other way
+    peak = convolution_peak(device, "float32")  # under these settings
     model = small_resnet18(len(data.classes)).to(device)
-    batches, checks = tutorial_batches(data.train, data, True), tutorial_batches(data.valid, data, False)
+    batches, checks = tutorial_batches(data.train, data, True, device), tutorial_batches(data.valid, data, False, device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     steps = options.tutorial_epochs * len(batches)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps)
@@ -171,7 +179,8 @@ def run_tutorial(data, options, device):
         "epochs": options.tutorial_epochs, "finished": finished, "seconds": spent, "images_per_second": speed,
         "projected_seconds": spent if finished else 128 * steps / speed, "valid_accuracy": max(scores, default=None),
         "seconds_to_target": first_time(seconds, scores, options.target),
-    }, work_of_training(model, data.image_size)
+        "share_of_peak": speed * work_of_training(model, data.image_size) / peak,
+    }
 
 
 def main():
@@ -205,8 +214,7 @@ def main():
             print(f"course, {name}: mean {statistics.mean(values):.4g}, from {min(values):.4g} to {max(values):.4g}")
     report = {"course": rows, "peak": peak, "target": options.target, "dataset": data.name}
     if options.tutorial_seconds > 0:
-        row, work = run_tutorial(data, options, device)
-        row["share_of_peak"] = row["images_per_second"] * work / peak["float32"]
+        row = run_tutorial(data, options, device)
         print(f"tutorial's ResNet-18, {in_words(row, options.target)}")
         ended = "run to the end" if row["finished"] else f"stopped early; to its end it would take {row['projected_seconds']:,.0f} s"
         print(f"tutorial's ResNet-18: {row['images_per_second']:,.0f} images a second, {row['share_of_peak']:.0%} of the peak, {ended}")

@@ -43,6 +43,7 @@ def test_train_then_evaluate(command, photos, tmp_path):
     assert status == 0, err
     assert out.startswith("test: accuracy ")
     assert refused(command("evaluate", tmp_path / "none.safetensors"), "none.json", "not there")
+    assert refused(command("evaluate", tmp_path), "is a directory")
     weights.write_bytes(weights.read_bytes()[:-9])
     assert refused(command("evaluate", weights), weights, "truncated")
 

@@ -20,6 +20,7 @@ from vision_course.cnn import small_cnn
 from vision_course.core import CourseError
 from vision_course.data import AUGMENTATIONS, Dataset, augmentation, channel_statistics, load, near_duplicates, shapes_dataset
 from vision_course.images import to_rgb
+from vision_course.readers import class_folders
 from vision_course.splits import Split, image_hashes
 
 ROOT = Path(__file__).parent.parent
@@ -140,7 +141,19 @@ def test_train_loses_what_stands_in_test(tmp_path, root):
     shutil.copy(tmp_path / "own/train/cat/00.png", tmp_path / "own/test/cat/again.png")
     data = load(str(tmp_path / "own"), root)
     assert (len(data.train), len(data.test)) == (9, 11)
-    assert data.notes["exact_duplicates"] == 1 and data.notes["removed_from_train"] == 1
+    assert data.notes["exact_duplicates"] == 1 and data.notes["removed_as_copies"] == 1
+
+
+def test_a_class_whose_name_is_no_text_gets_one_that_is(tmp_path, root):
+    write_classes(tmp_path / "own")
+    os.rename(tmp_path / "own" / "cat", os.path.join(os.fsencode(tmp_path / "own"), b"caf\xe9"))
+    data = load(str(tmp_path / "own"), root)
+    assert data.classes == ("caf\\xe9", "dog") and "".join(data.classes).encode()
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
+    with pytest.raises(CourseError, match="none: cannot be read"):
+        class_folders(tmp_path / "none")
 
 
 @pytest.mark.parametrize("mode, suffix", [
@@ -446,6 +459,13 @@ def test_tiny_imagenet_without_its_words_says_so(tiny, root):
     (tiny / "words.txt").unlink()
     data = load("tiny_imagenet", root)
     assert "words.txt is not there" in data.notes["class_names"] and data.classes[0].startswith("n")
+
+
+def test_tiny_imagenet_with_annotations_cut_short(tiny, root):
+    annotations = tiny / "val" / "val_annotations.txt"
+    annotations.write_text(annotations.read_text() + "val_99")
+    with pytest.raises(CourseError, match="val_annotations.txt: a line does not say which class"):
+        load("tiny_imagenet", root)
 
 
 def test_tiny_imagenet_with_a_missing_image(tiny, root):

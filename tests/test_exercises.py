@@ -65,6 +65,15 @@ def f1_not_a_number(labels, predicted, classes):
     return (2 * hits / (support + answers)).mean()
 
 
+def f1_of_precision_and_recall(labels, predicted, classes):
+    scores = []
+    for k in range(classes):
+        hits, support, answers = (float(x.sum()) for x in ((labels == k) & (predicted == k), labels == k, predicted == k))
+        precision, recall = torch.tensor(hits) / answers, torch.tensor(hits) / support
+        scores.append(2 * precision * recall / (precision + recall) if support else torch.tensor(0.0))
+    return torch.stack(scores).mean()
+
+
 def residual(x, first, second, projection):
     shortcut = F.conv2d(x, projection, stride=2)
     return shortcut, F.conv2d(F.relu(F.conv2d(x, first, stride=2, padding=1)), second, padding=1)
@@ -180,6 +189,14 @@ def falling(attribution):
     return attribution.argsort(descending=True)
 
 
+def deletion_of_whole_parts(score, image, attribution, steps=4):
+    order, left, scores, part = falling(attribution.flatten()), image.clone().flatten(1), [score(image)], attribution.numel() // steps
+    for step in range(1, steps + 1):
+        left[:, order[: step * part]] = 0
+        scores.append(score(left.view_as(image)))
+    return scores
+
+
 def mean_weights(gradient):
     return gradient.mean((2, 3), keepdim=True)
 
@@ -216,6 +233,11 @@ def maximum_of_fifteen_bins(confidence, correct, bins=15, least=10):
 
 def maximum_or_nan(confidence, correct, bins=15, least=10):
     return max((abs(gap) for gap, _ in gaps_of(confidence, correct, bins, least)), default=float("nan"))
+
+
+def maximum_without_the_edge(confidence, correct, bins=15, least=10):
+    inside = [(confidence >= i / bins) & (confidence < (i + 1) / bins) for i in range(bins)]
+    return max(((confidence[x].mean() - correct[x].mean()).abs().item() for x in inside if x.sum() >= least), default=0.0)
 
 
 def risks_sorted(confidence, correct):
@@ -328,6 +350,7 @@ WRONG = [  # number, words that the text must hold, the answer
     ("2.3", "averaged first", f1_of_means),
     ("2.3", "weighted", f1_weighted),
     ("2.3", "0 / 0", f1_not_a_number),
+    ("2.3", "never answered gives 0 / 0", f1_of_precision_and_recall),
     ("3.1", "after the addition is missing", lambda *tensors: sum(residual(*tensors))),
     ("3.1", "before the addition", residual_relu_too_early),
     ("3.1", "between the two", residual_without_inner_relu),
@@ -376,6 +399,7 @@ WRONG = [  # number, words that the text must hold, the answer
     ("5.3", "missing at the start", deletion(falling, first=1)),
     ("5.3", "missing at the end", deletion(falling, last=-1)),
     ("5.3", "Work on a copy", deletion_in_place),
+    ("5.3", "s · h · w // steps", deletion_of_whole_parts),
     ("6.1", "absolute", maximum_of_signed_gaps),
     ("6.1", "average", mean_of_gaps),
     ("6.1", "weighted", maximum_of_weighted_gaps),
@@ -383,6 +407,7 @@ WRONG = [  # number, words that the text must hold, the answer
     ("6.1", "exactly `least`", maximum_over_more_than_least),
     ("6.1", "Use `bins`", maximum_of_fifteen_bins),
     ("6.1", "NaN", maximum_or_nan),
+    ("6.1", "belongs to the last bin", maximum_without_the_edge),
     ("6.2", "fall back", coverage_until_first_rise),
     ("6.2", "exactly the limit", coverage_below_risk),
     ("6.2", "number of images", count_at_risk),

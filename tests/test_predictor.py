@@ -217,6 +217,23 @@ def test_a_name_that_is_no_text_does_not_stop_the_others(course, tmp_path):
     assert done.returncode == 2 and "cannot be read" in done.stderr and done.stdout.count(" red ") == 1
 
 
+def test_a_folder_without_images_does_not_stop_the_others(course, tmp_path):
+    model = colour_model(tmp_path / "colours.onnx")
+    (tmp_path / "empty").mkdir()
+    for name in ("a.png", "own/.b.png", "own/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(file_of(Image.new("RGB", (30, 20), (220, 30, 30))))
+    done = course("predict", "a.png", "empty", "own", "--model", model)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "empty: a folder without images" in done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["a.png", "own/c.png"]
+
+
+def test_a_picture_over_the_limit_is_refused_in_one_line(course, tmp_path):
+    Image.new("1", (12_000, 9_000)).save(tmp_path / "large.png")
+    done = course("predict", "large.png", "--model", colour_model(tmp_path / "colours.onnx"))
+    assert done.returncode == 2 and done.stderr == "vision-course: large.png: has 12,000 × 9,000 pixels; at most 50,000,000 are read.\n"
+
+
 @pytest.mark.parametrize("spoil, words", [
     (lambda path: path.unlink(), "not there"),
     (lambda path: path.write_bytes(b""), "cannot be loaded"),

@@ -87,6 +87,8 @@ def test_some_chapters_only(project, capsys):
     assert "<strong>Bad</strong> has not run" in render_report("shapes").read_text()
     with pytest.raises(CourseError, match="chapter '09': not known. Choose from 01_good, 02_bad"):
         run_chapters("shapes", chapters=["09"])
+    with pytest.raises(CourseError, match="no text, so no notebook can take it"):
+        run_chapters("caf\udce9")
 
 
 def test_a_notebook_without_the_tag_is_refused(project):

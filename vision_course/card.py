@@ -9,7 +9,7 @@ __all__ = ['SECTIONS', 'percent', 'interval', 'table', 'use_section', 'data_sect
 
 # %% ../nbs/lib/card.ipynb #a500a395
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from .core import CourseError, load_json, output_folder, write_atomic
 from .metrics import mean_and_spread
@@ -60,7 +60,7 @@ def data_section(results: dict) -> list[str]:  # by chapter
     notes = [f"{what.replace('_', ' ')}: {len(value) if isinstance(value, list) else value}"
              for what, value in found.get("notes", {}).items()]
     return [
-        f"Data set `{Path(results['08_export']['facts']['dataset']).name}`, {found['classes']} classes, "
+        f"Data set `{PureWindowsPath(results['08_export']['facts']['dataset']).name}`, {found['classes']} classes, "
         f"images of {found['image_size']} × {found['image_size']} pixels.", "",
         *table(["images", "number"], rows), "", *(["Noted while loading: " + "; ".join(notes) + "."] if notes else []),
     ]
@@ -212,7 +212,7 @@ def model_card(
     if "facts" not in results.get("08_export", {}):
         raise CourseError("model card: chapter 8 has not run with this data set. Run vision-course report --chapter 08 first.")
     facts = results["08_export"]["facts"]
-    lines = [f"# Model card: {facts['network']} on {Path(facts['dataset']).name}", "",
+    lines = [f"# Model card: {facts['network']} on {PureWindowsPath(facts['dataset']).name}", "",
              f"An image classifier for {len(facts['classes'])} classes. Every number on this page was measured by a chapter of "
              "the course; none was typed in.", ""]
     for heading, (write, chapters) in SECTIONS.items():

@@ -223,6 +223,10 @@ def check_macro_f1(answer):  # the learner's function
     if came is not None and math.isnan(came):
         raise Wrong("a class that never occurs gives 0 / 0. Count its F1 as 0.")
     expect(came, f1.sum() / 4, "The fourth class never occurs and is never answered: its F1 counts as 0.")
+    came = answer(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 0, 0]), 2)
+    if came is not None and math.isnan(came):
+        raise Wrong("a class that occurs and is never answered gives 0 / 0. Count its F1 as 0.")
+    expect(came, 3 / 7, "Class 1 occurs and is never answered: its F1 is 0.")
 
 # %% ../nbs/lib/checks.ipynb #50abc61b
 @checks("3.1")
@@ -454,6 +458,8 @@ def check_deletion(
         "the score of the black image is missing at the end.": curve(falling)[:-1],
     })
     expect(came, curve(falling), "After step s, the first s · h · w / steps pixels of the order are 0 in all channels.")
+    cut = torch.tensor([share.flatten()[falling[8 * step // 3 :]].sum().item() for step in range(4)])
+    expect(answer(score, image, attribution, 3), cut, "With 3 steps and 8 pixels, 2, 5 and 8 of them are gone: s · h · w // steps.")
 
 # %% ../nbs/lib/checks.ipynb #86fde237
 @checks("6.1")
@@ -481,6 +487,8 @@ def check_maximum_error(
     came = answer(torch.tensor([0.95] * 10 + [0.85] * 10), torch.tensor([1.0] * 15 + [0.0] * 5), 5, 10)
     expect_none_of(came, {"the bins are narrower than was asked for. Use `bins`.": 0.35})
     expect(came, 0.15, "With five bins these answers are all in one.")
+    came = answer(torch.ones(12), torch.tensor([1.0, 0.0] * 6), 10, 10)
+    expect(came, 0.5, "An answer of confidence 1 belongs to the last bin.")
     empty = answer(*few, 10, 13)
     if empty is not None and math.isnan(empty):
         raise Wrong("without any bin that is large enough the answer is NaN. Return 0.")

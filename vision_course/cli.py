@@ -180,7 +180,7 @@ def trained_network(
 # %% ../nbs/lib/cli.ipynb #157e83d5
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A checkpoint (.safetensors) or an exported file (.onnx, .pt2, .tflite).")],  # of this course
+    model: Annotated[Path, typer.Argument(dir_okay=False, help="A checkpoint (.safetensors) or an exported file (.onnx, .pt2, .tflite).")],  # of this course
     split: Annotated[SplitName, typer.Option(help="Which split to look at.")] = SplitName.valid,    # which split
     device: DeviceOption = Device.auto,      # what to compute on; exported files run on the CPU
     skip_bad: SkipBadOption = False,         # leave out files that cannot be read
@@ -287,7 +287,7 @@ def predict(
 @app.command()
 def explain(
     image: Annotated[Path, typer.Argument(help="An image file of any size and kind.")],  # any that Pillow reads
-    checkpoint: Annotated[Optional[Path], typer.Option(help="A .safetensors file; default: the residual network on shapes.")] = None,  # None: resnet-seed0
+    checkpoint: Annotated[Optional[Path], typer.Option(dir_okay=False, help="A .safetensors file; default: the residual network on shapes.")] = None,  # None: resnet-seed0
     output: Annotated[Optional[Path], typer.Option(help="Where to write; default: the image's name with -explained.png.")] = None,  # a PNG
     skip_bad: SkipBadOption = False,         # leave out training files that cannot be read
 ):

@@ -37,9 +37,9 @@ def complain(
 
 def default_model() -> Path:  # outputs/shapes/exports/model.onnx, in the project or in $VISION_COURSE_OUTPUTS
     "Where chapter 8 and `vision-course export` leave the network of the built-in data set."
-    here = Path.cwd()
-    root = next((folder for folder in (here, *here.parents) if (folder / "settings.ini").exists()), here)
-    return Path(os.environ.get("VISION_COURSE_OUTPUTS") or root / "outputs") / "shapes" / "exports" / "model.onnx"
+    from vision_course.files import project_root
+
+    return Path(os.environ.get("VISION_COURSE_OUTPUTS") or project_root() / "outputs") / "shapes" / "exports" / "model.onnx"
 
 # %% ../nbs/lib/command.ipynb #bf55619d
 def parser() -> Words:
@@ -62,8 +62,16 @@ def predict(
     try:
         from vision_course.predictor import Predictor, describe_images, format_text, list_images
 
-        predictor, status = Predictor(asked.model or default_model()), 0
-        for name in list_images(asked.image):
+        predictor = Predictor(asked.model or default_model())
+    except CourseError as error:
+        return complain(str(error))
+    status = 0
+    for word in asked.image:
+        try:
+            names = list_images([word])
+        except CourseError as error:
+            names, status = [], complain(str(error))
+        for name in names:
             row = describe_images(predictor, [name])[0]
             if "error" in row:
                 status = complain(row["error"])
@@ -71,9 +79,7 @@ def predict(
                 print(json.dumps(row))  # in ASCII, so that every name can be printed
             elif "error" not in row:
                 print(format_text([row]))
-        return status
-    except CourseError as error:
-        return complain(str(error))
+    return status
 
 # %% ../nbs/lib/command.ipynb #e725866c
 def print_any_name() -> None:

@@ -22,7 +22,7 @@ from .train import evaluating
 
 try:
     import torch_pruning
-except ImportError:
+except ModuleNotFoundError:
     raise CourseError("torch_pruning is missing. Install it: pip install 'vision_course[export]'.") from None
 
 # %% ../nbs/07_compression.ipynb #9e95c430
@@ -91,7 +91,9 @@ def prune_channels(
         raise CourseError(f"share {share}: must be from 0 to below 1, such as 0.5 for half of the channels.")
     absent = [name for name in ignored if name not in dict(model.named_modules())]
     if absent:
-        raise CourseError(f"{absent[0]!r}: {type(model).__name__} has no such part. Name those that keep their outputs.")
+        raise CourseError(
+            f"{absent[0]!r}: {type(model).__name__} has no such part. Name those that keep their outputs."
+        )
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     copy, training = deepcopy(model).requires_grad_(True).eval(), model.training
     kept, shares = [copy.get_submodule(name) for name in ignored], {}

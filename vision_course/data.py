@@ -25,7 +25,7 @@ from vision_course.augment import (
     reflect, rotate, uniform, zoom,
 )
 from .batches import Batches
-from .core import CourseError, data_root
+from .core import CourseError, data_root, run_name
 from .files import full_path
 from .readers import channels_first, find_source, memory_limit
 from .shapes import CLASSES, rendered
@@ -192,13 +192,15 @@ def load(
         return shapes_dataset(seed, image_size or 32)
     root = Path(root or data_root())
     skip_bad = bool(os.environ.get("VISION_COURSE_SKIP_BAD")) if skip_bad is None else skip_bad
-    source = find_source(str(name), root, image_size, skip_bad)
-    groups = torch.from_numpy(np.unique(np.array(image_hashes(source.images)), return_inverse=True)[1])
+    source = find_source(name, root, image_size, skip_bad)
+    hashes = image_hashes(source.images)
+    groups = torch.from_numpy(np.unique(np.array(hashes), return_inverse=True)[1])
     used = torch.cat(list(source.sides.values()))
     sides, removed = make_sides(source, groups, VALID_SHARE.get(name, 0.1), seed)
     duplicates = len(used) - len(groups[used].unique())
-    notes = {**source.notes, "exact_duplicates": duplicates, "removed_from_train": removed}
-    return finish(str(name), source.classes, arrange(source, sides, root, memory_limit()), notes, seed)
+    notes = {**source.notes, "exact_duplicates": duplicates, "removed_as_copies": removed}
+    place = root / ".cache" / f"split-{run_name(name)}-{source.images.shape[-1]}-{seed}"
+    return finish(name, source.classes, arrange(source, sides, hashes, place, memory_limit()), notes, seed)
 
 # %% ../nbs/01_data.ipynb #20bcb626
 def mirror(

@@ -34,7 +34,7 @@ try:
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType
     from onnxruntime.quantization import quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise CourseError(f"{error.name} is missing. Install it: pip install 'vision_course[export]'.") from None
 
 # %% ../nbs/lib/graphs.ipynb #e1596e78

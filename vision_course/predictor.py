@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from .files import CourseError, write_atomic
-from .images import SUFFIXES, ImageError, read_image
+from .images import SUFFIXES, ImageError, image_files, read_image
 
 try:
     import onnxruntime
-except ImportError:
+except ModuleNotFoundError:
     advice = "Install what serving needs: pip install 'vision_course[serve]'."
     raise CourseError(f"onnxruntime is missing. {advice}") from None
 
@@ -128,7 +128,7 @@ def list_images(
         if not os.path.isdir(word):  # False also where nobody may look
             found.append(word)
             continue
-        inside = sorted(p for p in Path(word).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        inside = image_files(word)
         if not inside:
             raise CourseError(f"{word}: a folder without images ({', '.join(sorted(SUFFIXES))}). Name another.")
         found += inside

@@ -245,7 +245,7 @@ def read_published(
         if path.name not in known and not path.name.startswith("."):
             raise CourseError(f"{path}: was not published with the rest. Delete it, or publish the run again.")
     results = {path.stem: load_json(path) for path in sorted(folder.glob("*.json")) if path.name in sums["files"]}
-    if [*results] != re.findall(r"^\| (\d\d_\w+) \|", (folder / "RESULTS.md").read_text(), re.M):
+    if [*results] != re.findall(r"^\| (\d\d_\w+) \|", (folder / "RESULTS.md").read_text("utf-8"), re.M):
         raise CourseError(f"{folder}: has other chapters than its RESULTS.md names. Restore them, or publish the run again.")
     return results
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIDE_NAMES', 'READERS', 'Source', 'channels_first', 'indices_by_side', 'fetch', 'checked_bytes', 'read_cifar10',
-           'read_fashion_mnist', 'write_images', 'decode_all', 'refuse', 'cached_pixels', 'class_folders',
-           'image_files', 'find_sides', 'read_folder', 'listed_source', 'read_tiny_imagenet', 'names_in_words',
+           'read_fashion_mnist', 'write_images', 'decode_all', 'refuse', 'cached_pixels', 'class_folders', 'class_name',
+           'class_images', 'find_sides', 'read_folder', 'listed_source', 'read_tiny_imagenet', 'names_in_words',
            'find_source', 'resized', 'memory_limit', 'reordered']
 
 # %% ../nbs/lib/readers.ipynb #ea71c011
@@ -16,7 +16,6 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from .core import CourseError, load_json, locked, progress, run_name, save_json
 from .files import NAMES
-from .images import SUFFIXES, decode
+from .images import SUFFIXES, decode, image_files
 
 # %% ../nbs/lib/readers.ipynb #75024135
 @dataclass
@@ -65,8 +64,7 @@ def fetch(
 ) -> None:
     "Download the files of a data set, or say what to put where."
     try:
-        missing = not all(archive.exists() for archive in archives)
-        with locked(archives[0].parent / "download") if missing else nullcontext():  # another process may be fetching the same
+        with locked(archives[0].parent / "download"):  # another process may be fetching or unpacking the same
             if not all(archive.exists() for archive in archives):
                 urlopen(Request(url, method="HEAD"), timeout=5).close()
             download()
@@ -214,23 +212,24 @@ def class_folders(
     folder: Path,  # holds one folder a class
 ) -> list[Path]:   # sorted by name
     "List the folders of classes."
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise CourseError(f"{error.filename}: cannot be read ({error.strerror}). Allow it or remove the folder.") from None
 
 
-def image_files(
-    folder: Path,  # a class folder
+def class_name(
+    folder: Path,  # of a class
+) -> str:          # what is no text in its name becomes an escape such as \\xe9
+    "What a class is called."
+    return os.fsencode(folder.name).decode("utf-8", "backslashreplace")
+
+
+def class_images(
+    folder: Path,  # of a class
 ) -> list[Path]:   # sorted; at least one
-    "List the image files in a class folder and below it."
-    def refused(error):
-        raise CourseError(f"{error.filename}: cannot be read ({error.strerror}). Allow it or remove the folder.")
-
-    files, seen = [], {os.path.realpath(folder)}  # a link can lead back to where it stands
-    for place, inside, names in os.walk(folder, onerror=refused, followlinks=True):
-        fresh = {name: os.path.realpath(os.path.join(place, name)) for name in inside if not name.startswith(".")}
-        inside[:] = [name for name, real in fresh.items() if real not in seen]
-        seen |= set(fresh.values())
-        files += [Path(place, name) for name in names if not name.startswith(".")]
-    files = sorted(p for p in files if p.suffix.lower() in SUFFIXES and p.is_file())
+    "List the image files of a class."
+    files = image_files(folder)
     if not files:
         raise CourseError(f"{folder}: an empty class folder. Put images ({', '.join(sorted(SUFFIXES))}) into it or remove it.")
     return files
@@ -255,16 +254,16 @@ def read_folder(
 ) -> Source:                # labels follow the order of the class folders' names
     "Read a folder of images of any kind."
     sides = find_sides(folder)
-    classes = tuple(entry.name for entry in class_folders(sides["train"]))
+    classes = tuple(map(class_name, class_folders(sides["train"])))
     if len(classes) < 2:
         found = f"a single class ({classes[0]})" if classes else "no class folders"
         raise CourseError(f"{sides['train']}: {found}. Put the images of each class into a folder of its own, at least two.")
     files = []  # (side, label, path)
     for side, path in sides.items():
         for entry in class_folders(path):
-            if entry.name not in classes:
+            if class_name(entry) not in classes:
                 raise CourseError(f"{entry}: a class that {sides['train']} does not have. Rename it or add its training images.")
-            files += [(side, classes.index(entry.name), file) for file in image_files(entry)]
+            files += [(side, classes.index(class_name(entry)), file) for file in class_images(entry)]
     pixels, bad = cached_pixels([file for _, _, file in files], folder, root / ".cache", size, skip_bad)
     return listed_source(files, pixels, bad, classes)
 
@@ -301,8 +300,10 @@ def read_tiny_imagenet(
     codes = [entry.name for entry in class_folders(folder / "train")]
     if len(codes) < 2:
         raise CourseError(f"{folder / 'train'}: has {len(codes)} class folders, at least two are needed. Unpack the data set again.")
-    files = [("train", codes.index(code), path) for code in codes for path in image_files(folder / "train" / code)]
-    rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip()]
+    files = [("train", codes.index(code), path) for code in codes for path in class_images(folder / "train" / code)]
+    rows = [line.split("\t")[:2] for line in annotations.read_text("utf-8", "replace").splitlines() if line.strip()]
+    if any(len(row) < 2 for row in rows):
+        raise CourseError(f"{annotations}: a line does not say which class its image has. Unpack the data set again.")
     files += [("test", codes.index(row[1]), folder / "val" / "images" / row[0]) for row in rows if row[1] in codes]
     missing = next((path for _, _, path in files if not path.exists()), None)
     if missing:
@@ -319,7 +320,7 @@ def names_in_words(
     codes: list[str],   # WordNet codes
 ) -> tuple[str, ...]:   # one name a code, all different
     "Translate WordNet codes into words."
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
     words = dict(line.split("\t")[:2] for line in lines if "\t" in line)
     names = [words.get(code, code).split(",")[0] for code in codes]
     return tuple(f"{name} ({code})" if names.count(name) > 1 else name for name, code in zip(names, codes))

@@ -128,6 +128,8 @@ def _check(dataset, epochs, seed):
     "Stop before anything is written, where the first chapter would stop: data that cannot be loaded, values out of range."
     if seed < 0 or (epochs is not None and epochs < 1):
         raise CourseError(f"seed {seed}, epochs {epochs}: seed must be 0 or more, epochs 1 or more.")
+    if dataset.encode(errors="ignore") != dataset.encode(errors="surrogateescape"):
+        raise CourseError(f"{dataset!r}: this name is no text, so no notebook can take it. Rename the folder.")
     if dataset != "shapes":
         load(dataset, seed=seed)
 
@@ -307,8 +309,8 @@ def _read_card(dataset, folder):
     def inside(found):
         return f"](data:image/png;base64,{base64.b64encode((path.parent / found[1]).read_bytes()).decode()})"
 
-    pictures = {str(p.relative_to(path.parent)) for p in (path.parent / "figures").glob("*.png")}
-    text = re.sub(r"\]\((figures/[^)]+\.png)\)", lambda found: inside(found) if found[1] in pictures else found[0], path.read_text())
+    pictures = {p.relative_to(path.parent).as_posix() for p in (path.parent / "figures").glob("*.png")}
+    text = re.sub(r"\]\((figures/[^)]+\.png)\)", lambda found: inside(found) if found[1] in pictures else found[0], path.read_text("utf-8"))
     notebook = needed("nbformat", "dev").v4.new_notebook(cells=[needed("nbformat", "dev").v4.new_markdown_cell(text)])
     return Chapter("model_card", "Model card", "", "done", body=_to_html(notebook))
 

@@ -130,7 +130,8 @@ def whitening_filters(
     "Filters whose answers to these images are uncorrelated and equally strong, and the same with the sign turned."
     patches = F.unfold(images, size, stride=stride).transpose(1, 2).flatten(0, 1)  # (patches, 3 · size²)
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-    filters = (vectors / (values + 5e-4).sqrt()).T.flip(0).view(-1, 3, size, size)
+    lengths = torch.where(values > 1e-5, (values + 5e-4).sqrt(), torch.inf)  # grey images leave most directions empty
+    filters = (vectors / lengths).T.flip(0).view(-1, 3, size, size)
     return torch.cat([filters, -filters])
 
 # %% ../nbs/03_resnet.ipynb #d8b6cdea

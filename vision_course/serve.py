@@ -23,7 +23,7 @@ from hashlib import sha256
 from io import BytesIO
 from itertools import chain
 from math import prod
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 from PIL import Image
@@ -42,7 +42,7 @@ try:
     from starlette.datastructures import UploadFile
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
-except ImportError as error:
+except ModuleNotFoundError as error:
     advice = "Install what serving needs: pip install 'vision_course[serve]'."
     raise CourseError(f"{error.name} is missing. {advice}") from None
 
@@ -331,7 +331,7 @@ def in_public(
     predictor: Predictor,  # the model
 ) -> dict:                 # its metadata; of a folder of images only the name, for where it lies is nobody's business
     "What a model may say of itself to everyone."
-    return {**predictor.metadata, "dataset": Path(predictor.metadata.get("dataset") or "").name}
+    return {**predictor.metadata, "dataset": PureWindowsPath(predictor.metadata.get("dataset") or "").name}
 
 
 def model_facts(

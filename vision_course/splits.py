@@ -127,16 +127,20 @@ def _check_classes(source, train, groups, least):
 def arrange(
     source: Source,            # a data set as it came from the disk
     sides: dict[str, Tensor],  # indices by side
-    root: Path,                # a set larger than the limit is kept in .cache below it
+    hashes: list[bytes],       # of `image_hashes`
+    place: Path,               # a set larger than the limit is kept in a file whose name begins like this
     limit: int,                # bytes that may be held in memory
 ) -> dict[str, Split]:         # in memory if the set fits, else memory-mapped
-    "Bring each side's images together."
+    "Bring each side's images together; of a set that has changed since, the former file goes."
     pixels, labels = source.images.permute(0, 2, 3, 1), source.labels
     if pixels.numel() <= limit:
         return {side: Split(channels_first(pixels[rows]), labels[rows]) for side, rows in sides.items()}
     order = torch.cat(list(sides.values()))
-    content = b"".join(image_hashes(source.images)) + order.numpy().tobytes()
-    stored = reordered(pixels, order, root / ".cache" / f"split-{hashlib.blake2b(content, digest_size=8).hexdigest()}.npy")
+    content = b"".join(hashes) + order.numpy().tobytes()
+    target = place.with_name(f"{place.name}-{hashlib.blake2b(content, digest_size=8).hexdigest()}.npy")
+    stored = reordered(pixels, order, target)
+    for old in set(place.parent.glob(f"{place.name}-*")) - {target}:
+        old.unlink(missing_ok=True)
     stretches = indices_by_side({side: len(rows) for side, rows in sides.items()})
     parts = {side: channels_first(stored[at[0] : at[-1] + 1]) for side, at in stretches.items()}
     return {side: Split(part, labels[sides[side]], memory_mapped=True) for side, part in parts.items()}
