@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +50,29 @@ def command(monkeypatch, capsys):
         return status, out, err
 
     return run
+
+
+class Evil:
+    """What says so if it is ever unpickled."""
+
+    def __reduce__(self):
+        return print, ("unpickled!",)
+
+
+def copied(part):
+    """The weights and buffers of a network or of a part of it, to be compared with later."""
+    return {name: value.clone() for name, value in part.state_dict().items()}
+
+
+def unchanged(part, before):
+    """Whether a network is as `copied` found it, to the last bit."""
+    return all(torch.equal(value, before[name]) for name, value in part.state_dict().items())
+
+
+@pytest.fixture
+def shapes_elsewhere(tmp_path_factory, monkeypatch):
+    """Keep what is rendered out of the project's data folder; for all tests of a process in one place."""
+    monkeypatch.setenv("VISION_COURSE_DATA", str(tmp_path_factory.getbasetemp() / "rendered"))
 
 
 def refused(result, *words):

@@ -35,6 +35,7 @@ def test_a_machine_without_bfloat16_says_so_and_uses_float32(monkeypatch, capsys
     assert tools.training_precision(torch.device("cpu")) == "bfloat16" and capsys.readouterr().out == ""
 
 
+@pytest.mark.usefixtures("shapes_elsewhere")
 def test_all_images_are_those_of_training_and_validation(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     from time_to_accuracy import with_validation_images

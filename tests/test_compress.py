@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import copied, unchanged
 from onnx import numpy_helper
 from torch import nn
 from torch.nn.utils import prune
@@ -29,14 +30,6 @@ def build(block=ShortBlock, widths=(16, 32, 32)):
     network = ResNet(5, widths=widths, block=block)
     network.stem[0].weight.requires_grad_(False)
     return network.eval()
-
-
-def copied(network):
-    return {name: value.clone() for name, value in network.state_dict().items()}
-
-
-def unchanged(network, before):
-    return all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])

@@ -477,6 +477,7 @@ def test_tiny_imagenet_with_a_missing_image(tiny, root):
 # Shapes, near-duplicates, batches
 
 
+@pytest.mark.usefixtures("shapes_elsewhere")
 def test_shapes_and_their_shortcut():
     plain, tagged = shapes_dataset(seed=1), shapes_dataset(seed=1, shortcut=True)
     assert [len(split) for split in everything(plain)] == [8_000, 1_000, 2_000]
@@ -505,6 +506,7 @@ def test_a_study_of_many_classes_takes_few_and_numbers_them_anew():
     assert torch.equal(few.train.images, whole.train.images) and torch.equal(few.train.labels, whole.train.labels)
 
 
+@pytest.mark.usefixtures("shapes_elsewhere")
 def test_planted_near_duplicates_are_found_and_nothing_else():
     images = load("shapes", seed=2).valid.images
     copies = (images[:100].float() * 0.9 + 12).round().byte()
@@ -552,6 +554,7 @@ def test_shifts_go_as_far_as_they_say_and_no_farther(name, farthest):
     assert len(down) == 400 and set(down.tolist()) == set(right.tolist()) == set(range(-farthest, farthest + 1))
 
 
+@pytest.mark.usefixtures("shapes_elsewhere")
 def test_two_processes_see_what_one_would():
     data = load("shapes", seed=3).valid
     batches = [Batches(data, 64, augmentation("flip+crop+zoom+randaugment"), shuffle=True, seed=1) for _ in range(3)]

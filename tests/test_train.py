@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Evil
+from joblib.externals.loky import get_reusable_executor
 
 from vision_course import optim
 from vision_course.cli import trained_network
@@ -230,11 +232,6 @@ def spoil(path, how):
         path.write_bytes(data)
 
 
-class Evil:
-    def __reduce__(self):
-        return print, ("unpickled!",)
-
-
 @pytest.mark.parametrize("how, message", [
     ("truncated", "truncated"), ("a pickle", "not a safetensors file"), ("gone", "cannot be read"), ("edited", "does not match the JSON"),
 ])
@@ -345,6 +342,7 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+    get_reusable_executor().shutdown(wait=True)  # its processes would stay for minutes
 
 
 def test_cores_are_shared():

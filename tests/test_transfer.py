@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Evil, copied, unchanged
 from sklearn.linear_model import LogisticRegression
 from torchvision.models import get_model
 
@@ -45,14 +46,6 @@ def small_network(seed=0):
     return network
 
 
-def state_of(part):
-    return {name: value.clone() for name, value in part.state_dict().items()}
-
-
-def same(part, before):
-    return all(torch.equal(value, before[name]) for name, value in part.state_dict().items())
-
-
 @pytest.fixture(scope="module")
 def bundled(tmp_path_factory):
     """A folder with a bundled backbone of random weights."""
@@ -67,9 +60,9 @@ def test_frozen_parts_do_not_move_in_training_and_their_statistics_neither(name)
     torch.manual_seed(0)
     network = small_network() if name == "ours" else Adopted(get_model(name, weights=None), CUTS[name], 3, size=32)
     model = FineTuning(network, learning=2)
-    before = [state_of(part) for part in parts(model.network)]
+    before = [copied(part) for part in parts(model.network)]
     fit(model, photos(), Recipe("frozen", 2, 32, learning_rate=0.01))
-    moved = [not same(part, old) for part, old in zip(parts(model.network), before)]
+    moved = [not unchanged(part, old) for part, old in zip(parts(model.network), before)]
     assert moved == [False] * (len(before) - 2) + [True, True]
 
 
@@ -83,14 +76,14 @@ def test_frozen_batch_norm_stays_in_eval_mode_whatever_mode_the_network_is_put_i
 
 def test_without_eval_mode_the_statistics_of_a_frozen_network_would_move():
     network = small_network().requires_grad_(False).train()
-    before = state_of(network)
+    before = copied(network)
     with torch.no_grad():
         network(torch.rand(8, 3, 16, 16))
-    assert not same(network, before)
+    assert not unchanged(network, before)
     freeze(network, len(parts(network)))
-    before = state_of(network)
+    before = copied(network)
     network(torch.rand(8, 3, 16, 16))
-    assert same(network, before)
+    assert unchanged(network, before)
 
 
 def test_a_later_phase_thaws_what_an_earlier_one_froze():
@@ -121,7 +114,7 @@ def test_one_step_of_the_optimiser_moves_each_part_by_its_rate_and_frozen_ones_n
 
 def test_fit_trains_at_the_rates_that_the_network_asks_for():
     still, moving = FineTuning(small_network(), decay=1e-9), FineTuning(small_network(), decay=1.0)
-    start = state_of(still)
+    start = copied(still)
     recipe = Recipe("rates", 1, 32, learning_rate=0.01, schedule="constant", augment="none")
     for model in (still, moving):
         history = fit(model, photos(), recipe)
@@ -133,9 +126,9 @@ def test_fit_trains_at_the_rates_that_the_network_asks_for():
 
 def test_cached_features_are_what_the_forward_pass_puts_into_the_head():
     network, split = small_network().train(), photos(50).train
-    before = state_of(network)
+    before = copied(network)
     x = features(network, split, batch_size=16)
-    assert x.shape == (50, 32) and not x.is_inference() and network.training and same(network, before)
+    assert x.shape == (50, 32) and not x.is_inference() and network.training and unchanged(network, before)
     assert not network.head._forward_pre_hooks
     with torch.no_grad():
         torch.testing.assert_close(network.head(x), predict(network, split), atol=1e-5, rtol=1e-5)
@@ -171,17 +164,17 @@ def test_the_best_probe_is_chosen_by_the_other_images():
 def test_a_plan_goes_through_its_phases_and_each_begins_where_the_last_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("VISION_COURSE_OUTPUTS", str(tmp_path))
     start, recipe = small_network(), Recipe("plan", 1, 16, learning_rate=0.02, augment="none")
-    before = state_of(start)
+    before = copied(start)
     runs = tune(start, photos(), recipe, (1, 2, None))
-    assert same(start, before) and [run.model.frozen for run in runs] == [4, 3, 0]
-    assert same(runs[0].model.network.stages, {name[7:]: value for name, value in before.items() if name.startswith("stages.")})
-    assert same(runs[1].model.network.stem, state_of(start.stem))
+    assert unchanged(start, before) and [run.model.frozen for run in runs] == [4, 3, 0]
+    assert unchanged(runs[0].model.network.stages, {name[7:]: value for name, value in before.items() if name.startswith("stages.")})
+    assert unchanged(runs[1].model.network.stem, copied(start.stem))
     assert sorted(path.name for path in tmp_path.rglob("*.safetensors")) == [f"plan_{i}-seed0.safetensors" for i in (1, 2, 3)]
     again = tune(start, photos(), recipe, (1, 2, None))
     for other in (tune(start, photos(), recipe, (2, 2, None)), tune(start, photos(), recipe, (1, 2, None), 0.25),
                   tune(with_head(start, torch.nn.Linear(start.head.in_features, 3)), photos(), recipe, (1, 2, None))):
         assert other[-1].info["key"] != again[-1].info["key"]  # another training, not what lies there under the name
-    assert same(again[-1].model, state_of(runs[-1].model))
+    assert unchanged(again[-1].model, copied(runs[-1].model))
 
 
 def test_few_images_are_repeated_and_none_more_often_than_another():
@@ -252,11 +245,6 @@ def test_without_network_and_file_the_error_says_what_to_put_where(tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
-class Evil:
-    def __reduce__(self):
-        return print, ("unpickled!",)
-
-
 @pytest.mark.parametrize("how, words", [
     ("truncated", "damaged"), ("foreign", "damaged"), ("pickle", "damaged"),
     ("another network", "another architecture"), ("no names", "another architecture"),
@@ -316,9 +304,9 @@ def test_latencies_are_positive_and_leave_the_networks_as_they_were():
 
 
 @pytest.mark.parametrize("words, call", [
-    ("at least one part", lambda: tune(backbone("bundled", photos()), photos(), Recipe("none", 1), (0,))),
+    ("at least one part", lambda: tune(backbone("bundled", photos(), pretrained=False), photos(), Recipe("none", 1), (0,))),
     ("0 images of each class", lambda: few_images(photos(), 0, 16, seed=0)),
-    ("-1 parts", lambda: freeze(backbone("bundled", photos()), -1)),
+    ("-1 parts", lambda: freeze(backbone("bundled", photos(), pretrained=False), -1)),
     ("2 rounds", lambda: latencies({}, torch.rand(1, 3, 16, 16), rounds=2)),
     ("from 0 to 3", lambda: linear_probe(torch.rand(4, 5), torch.arange(4), 3, 0.1)),
     ("not empty", lambda: linear_probe(torch.rand(0, 5), torch.arange(0), 3, 0.1)),

@@ -56,7 +56,7 @@ DatasetOption = Annotated[str, typer.Option(help=SETS, callback=full_path)]
 EpochsOption = Annotated[Optional[int], typer.Option(min=1, help="Passes over the training split; default: what the recipe says.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="The same seed gives the same numbers on the same machine.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto takes the GPU where there is one.")]
-TrackerOption = Annotated[Optional[str], typer.Option(help="tensorboard, wandb, …: log to outputs/DATASET/checkpoints/logs.")]
+TrackerOption = Annotated[Optional[str], typer.Option(help="tensorboard logs to outputs/DATASET/checkpoints/logs; wandb and others, once installed, where they keep their runs.")]
 SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out image files that cannot be read, and count them.")]
 
 

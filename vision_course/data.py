@@ -25,7 +25,7 @@ from vision_course.augment import (
     reflect, rotate, uniform, zoom,
 )
 from .batches import Batches
-from .core import CourseError, data_root, run_name
+from .core import CourseError, data_root
 from .files import full_path
 from .readers import channels_first, find_source, memory_limit
 from .shapes import CLASSES, rendered
@@ -199,7 +199,8 @@ def load(
     sides, removed = make_sides(source, groups, VALID_SHARE.get(name, 0.1), seed)
     duplicates = len(used) - len(groups[used].unique())
     notes = {**source.notes, "exact_duplicates": duplicates, "removed_as_copies": removed}
-    place = root / ".cache" / f"split-{run_name(name)}-{source.images.shape[-1]}-{seed}"
+    asked = hashlib.blake2b(f"{name} {source.images.shape[-1]} {seed}".encode(errors="surrogateescape"), digest_size=6)
+    place = root / ".cache" / f"split-{asked.hexdigest()}"
     return finish(name, source.classes, arrange(source, sides, hashes, place, memory_limit()), notes, seed)
 
 # %% ../nbs/01_data.ipynb #20bcb626

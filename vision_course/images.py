@@ -32,9 +32,11 @@ def image_files(
 
     files, seen = [], {os.path.realpath(folder)}
     for place, inside, names in os.walk(folder, onerror=refused, followlinks=True):
-        fresh = {name: os.path.realpath(os.path.join(place, name)) for name in inside if not name.startswith(".")}
-        inside[:] = [name for name, real in fresh.items() if real not in seen]
-        seen |= set(fresh.values())
+        fresh = {}  # of two names of one folder the first
+        for name in sorted(name for name in inside if not name.startswith(".")):
+            fresh.setdefault(os.path.realpath(os.path.join(place, name)), name)
+        inside[:] = [name for real, name in fresh.items() if real not in seen]
+        seen |= set(fresh)
         files += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(path for path in files if path.suffix.lower() in SUFFIXES and os.path.isfile(path))
 

@@ -487,7 +487,7 @@ def run(
     with open_port(host, port) as listener:
         shown = f"[{host}]" if ":" in host else host
         settings = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 60, "lifespan": "off",
-                    "limit_concurrency": MOST_AT_ONCE}
+                    "limit_concurrency": MOST_AT_ONCE + 1}  # uvicorn counts the one who asks
         server = uvicorn.Server(uvicorn.Config(app, **settings))
         signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))  # uvicorn passes it on at its end
         print(f"{Path(model).name} at http://{shown}:{listener.getsockname()[1]}/ (Ctrl-C ends it)", flush=True)
