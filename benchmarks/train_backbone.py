@@ -6,9 +6,11 @@
 The network is chapter 3's, and so is its recipe, but for half the rate and half the smoothing. It sees Tiny-ImageNet at 32
 pixels: in training random windows of the 64-pixel originals, of half to all of their width, reduced to 32; in validation whole
 images reduced to 32. A tenth of the training images is held out and decides which epoch is kept. The score is measured on the
-official validation images, which decide nothing. The weights in the package come from half of the data set, 250 training
-and 25 validation images a class; with all of it, others come out, with the weights as they are stored, in half precision. A training that was
+official validation images, which decide nothing, with the weights as they are stored, in half precision. A training that was
 stopped goes on where it was.
+
+The weights in the package come from half of the data set, 250 training and 25 validation images a class. With all of it, others
+come out.
 """
 
 import argparse

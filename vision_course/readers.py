@@ -220,7 +220,7 @@ def class_folders(
 
 def class_name(
     folder: Path,  # of a class
-) -> str:          # what is no text in its name becomes an escape such as \\xe9
+) -> str:          # what is no text in its name becomes an escape such as \xe9
     "What a class is called."
     return os.fsencode(folder.name).decode("utf-8", "backslashreplace")
 
