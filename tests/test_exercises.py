@@ -74,6 +74,24 @@ def f1_of_precision_and_recall(labels, predicted, classes):
     return torch.stack(scores).mean()
 
 
+def f1_of_classes_with_answers(labels, predicted, classes):
+    scores = []
+    for k in range(classes):
+        hits, support, answers = (float(x.sum()) for x in ((labels == k) & (predicted == k), labels == k, predicted == k))
+        if not support or not answers:
+            scores.append(torch.tensor(0.0))
+            continue
+        precision, recall = torch.tensor(hits / answers), torch.tensor(hits / support)
+        scores.append(2 * precision * recall / (precision + recall))
+    return torch.stack(scores).mean()
+
+
+def share_of_whole_halves(height, width, y, x, box_height, box_width):
+    rows = min(height, y + box_height // 2) - max(0, y - box_height // 2)
+    columns = min(width, x + box_width // 2) - max(0, x - box_width // 2)
+    return 1 - rows * columns / (height * width)
+
+
 def residual(x, first, second, projection):
     shortcut = F.conv2d(x, projection, stride=2)
     return shortcut, F.conv2d(F.relu(F.conv2d(x, first, stride=2, padding=1)), second, padding=1)
@@ -118,6 +136,14 @@ def blend_with(prepare, choose):
         shares = [i / 10 for i in range(11)]
         p, q = prepare(first), prepare(second)
         return choose(shares, [((s * p + (1 - s) * q).argmax(1) == labels).double().mean().item() for s in shares])
+
+    return answer
+
+
+def blend_among(shares):
+    def answer(first, second, labels):
+        p, q = softmax(first), softmax(second)
+        return max(shares, key=lambda s: ((s * p + (1 - s) * q).argmax(1) == labels).sum())
 
     return answer
 
@@ -175,6 +201,14 @@ def deletion(order_of, cumulative=True, first=0, last=None):
             scores.append(score(left.view_as(image)))
         return scores[first:last]
     return curve
+
+
+def deletion_of_flat_images(score, image, attribution, steps=4):
+    order, left, scores = attribution.flatten().argsort(descending=True), image.clone().flatten(1), [score(image)]
+    for step in range(1, steps + 1):
+        left[:, order[: step * len(order) // steps]] = 0
+        scores.append(score(left))
+    return scores
 
 
 def deletion_in_place(score, image, attribution, steps=4):
@@ -240,6 +274,11 @@ def maximum_without_the_edge(confidence, correct, bins=15, least=10):
     return max(((confidence[x].mean() - correct[x].mean()).abs().item() for x in inside if x.sum() >= least), default=0.0)
 
 
+def maximum_of_bin_middles(confidence, correct, bins=15, least=10):
+    which = (confidence * bins).ceil().clamp(min=1).long() - 1
+    return max((abs((k + 0.5) / bins - correct[which == k].mean().item()) for k in range(bins) if (which == k).sum() >= least), default=0.0)
+
+
 def risks_sorted(confidence, correct):
     wrong = 1 - correct[confidence.argsort(descending=True)]
     return wrong.cumsum(0) / torch.arange(1, len(wrong) + 1)
@@ -279,6 +318,12 @@ def thresholds_without_the_new_image(probabilities, labels, miscoverage=0.1):
 
 def thresholds_by_quantile(probabilities, labels, miscoverage=0.1):
     return torch.stack([s.quantile(1 - miscoverage) for s in class_scores(probabilities, labels)])
+
+
+def thresholds_by_higher_quantile(probabilities, labels, miscoverage=0.1):
+    level = lambda n: math.ceil((n + 1) * (1 - miscoverage) - 1e-9) / n
+    return torch.tensor([s.quantile(level(len(s)), interpolation="higher").item() if level(len(s)) <= 1 else 1.0
+                         for s in class_scores(probabilities, labels)])
 
 
 def thresholds_cut_at_the_last(probabilities, labels, miscoverage=0.1):
@@ -337,6 +382,7 @@ WRONG = [  # number, words that the text must hold, the answer
     ("1.1", "this is the variance", statistics_with_variance),
     ("1.2", "all images are mirrored", lambda images, mirrored: images.flip(2)),
     ("1.2", "left to right", lambda images, mirrored: torch.where(mirrored[:, None, None, None], images.flip(3), images)),
+    ("1.3", "first and last row", share_of_whole_halves),
     ("1.3", "reaches over the edge", lambda height, width, y, x, *box: 1 - box[0] * box[1] / (height * width)),
     ("2.1", "turned", convolution_turned),
     ("2.1", "padding is ignored", convolution_without_padding),
@@ -347,6 +393,7 @@ WRONG = [  # number, words that the text must hold, the answer
     ("2.2", "Take the mean", smoothing_summed),
     ("2.2", "log_softmax", smoothing_without_softmax),
     ("2.3", "accuracy", lambda labels, predicted, classes: (labels == predicted).float().mean()),
+    ("2.3", "whose answers are all wrong gives 0 / 0", f1_of_classes_with_answers),
     ("2.3", "averaged first", f1_of_means),
     ("2.3", "weighted", f1_weighted),
     ("2.3", "0 / 0", f1_not_a_number),
@@ -356,12 +403,15 @@ WRONG = [  # number, words that the text must hold, the answer
     ("3.1", "between the two", residual_without_inner_relu),
     ("3.1", "shortcut is missing", lambda *tensors: F.relu(residual(*tensors)[1])),
     ("3.1", "stride 1", residual_with_late_stride),
+    ("3.2", "no ReLU at the end", lambda x, branch, keep, training: F.relu(x + branch(x))),
     ("3.2", "not scaled", depth_with(each_image, lambda keep: 1)),
     ("3.2", "shrinks at test time", depth_as_in_the_paper),
     ("3.2", "lost their shortcut", depth_without_shortcut),
     ("3.2", "in part", depth_with(lambda x, keep: torch.rand_like(x) < keep, lambda keep: 1 / keep)),
     ("3.2", "share one fate", depth_with(lambda x, keep: torch.rand(1) < keep, lambda keep: 1 / keep)),
     ("3.2", "not to drop it", depth_with(lambda x, keep: ~each_image(x, keep), lambda keep: 1 / keep)),
+    ("3.3", "share 1 is tried", blend_among([i / 10 for i in range(10)])),
+    ("3.3", "share 0 is tried", blend_among([i / 10 for i in range(1, 11)])),
     ("3.3", "logits are mixed", blend_with(lambda logits: logits, first_best)),
     ("3.3", "second network", lambda *given: 1 - blend_with(softmax, first_best)(*given)),
     ("3.3", "best accuracy", blend_with(softmax, lambda shares, scores: max(scores))),
@@ -393,6 +443,7 @@ WRONG = [  # number, words that the text must hold, the answer
     ("5.2", "before the sum", lambda a, g: (mean_weights(g) * a).relu().sum(1)),
     ("5.2", "channels are averaged", lambda a, g: (mean_weights(g) * a).mean(1).relu()),
     ("5.2", "summed over places", lambda a, g: (g.sum((2, 3), keepdim=True) * a).sum(1).relu()),
+    ("5.3", "give the pixels their shape back", deletion_of_flat_images),
     ("5.3", "falling order", deletion(lambda x: x.argsort())),
     ("5.3", "with its sign", deletion(lambda x: x.abs().argsort(descending=True))),
     ("5.3", "stays deleted", deletion(falling, cumulative=False)),
@@ -406,6 +457,7 @@ WRONG = [  # number, words that the text must hold, the answer
     ("6.1", "fewer answers than", maximum_over_all_bins),
     ("6.1", "exactly `least`", maximum_over_more_than_least),
     ("6.1", "Use `bins`", maximum_of_fifteen_bins),
+    ("6.1", "middle of a bin", maximum_of_bin_middles),
     ("6.1", "NaN", maximum_or_nan),
     ("6.1", "belongs to the last bin", maximum_without_the_edge),
     ("6.2", "fall back", coverage_until_first_rise),
@@ -414,6 +466,7 @@ WRONG = [  # number, words that the text must hold, the answer
     ("6.2", "share of images", confidence_at_risk),
     ("6.2", "as they come", coverage_unsorted),
     ("6.3", "new image counts", thresholds_without_the_new_image),
+    ("6.3", "one too high", thresholds_by_higher_quantile),
     ("6.3", "interpolates", thresholds_by_quantile),
     ("6.3", "two images", thresholds_cut_at_the_last),
     ("6.3", "Use `miscoverage`", thresholds_at_ten_percent),

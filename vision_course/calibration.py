@@ -101,7 +101,7 @@ def debiased_error(
     probabilities: Tensor,  # (images, classes), rows sum to 1
     labels: Tensor,         # (images,) class indices
     bins: int = 15,         # of equal count
-) -> float:                 # in [0, 1]; a root mean square, so larger than the ECE where gaps differ
+) -> float:                 # in [0, 1]; a root mean square, less what luck adds: above the ECE or below it
     "Root of the mean squared gap, less what chance alone would give (Kumar et al., 2019)."
     confidence, correct = confidence_and_correct(probabilities, labels)
     count, claimed, reached = binned_means(equal_mass_bins(confidence, bins), bins, confidence, correct)

@@ -123,7 +123,7 @@ def failure_section(results: dict) -> list[str]:  # by chapter
     pairs = [f"{row['truth']} taken for {row['answer']} ({row['images']})" for row in made["confused"]]
     strange = [[name, *(percent(value) for value in row.values())] for name, row in made["strangers"].items()]
     lines = ["Most frequent confusions on the test images: " + ("; ".join(pairs) or "none") + ".", "",
-             "![Test images that the network is wrong about and surest of](figures/08_export-failures.png)", "",
+             "![The surest mistakes on the test images, if there are any](figures/08_export-failures.png)", "",
              "What it answers to images that show none of its classes, beside images that do:", "",
              *table(["images", *next(iter(made["strangers"].values()))], strange)]
     seen = results.get("05_interpretability", {})
@@ -168,7 +168,7 @@ def limit_section(results: dict) -> list[str]:  # by chapter
         "at that size, and whatever lies outside the square, is not seen.",
         "- Probabilities and sets are calibrated on images from the same source as the training data. On others they promise "
         "nothing, and do not say so.",
-        "- The test images were drawn with the training images. A new camera, another country or a later year is another source.",
+        "- The test images are taken to come from the same source as the training images. A new camera, another country or a later year is another source.",
         f"- Robustness was measured against {len(kinds)} kinds of corruption and one kind of attack; a stronger attack may exist." if kinds
         else "- Robustness was not measured.",
         "- One trained network is described. Trained with another seed it makes other mistakes.",

@@ -148,7 +148,7 @@ def check_cutmix_share(
     answer,  # the learner's function
 ) -> None:
     "The share of the label that a box leaves."
-    for case in ((32, 32, 16, 16, 8, 8), (32, 32, 0, 0, 16, 16), (32, 32, 31, 10, 20, 6), (10, 20, 5, 19, 4, 10), (8, 8, 4, 4, 20, 20)):
+    for case in ((32, 32, 16, 16, 8, 8), (32, 32, 0, 0, 16, 16), (32, 32, 31, 10, 20, 6), (10, 20, 5, 19, 4, 10), (8, 8, 4, 4, 20, 20), (32, 32, 16, 16, 5, 7)):
         height, width, y, x, box_height, box_width = case
         rows = min(height, y - box_height // 2 + box_height) - max(0, y - box_height // 2)
         columns = min(width, x - box_width // 2 + box_width) - max(0, x - box_width // 2)
@@ -227,6 +227,10 @@ def check_macro_f1(answer):  # the learner's function
     if came is not None and math.isnan(came):
         raise Wrong("a class that occurs and is never answered gives 0 / 0. Count its F1 as 0.")
     expect(came, 3 / 7, "Class 1 occurs and is never answered: its F1 is 0.")
+    came = answer(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 0]), 2)
+    if came is not None and math.isnan(came):
+        raise Wrong("a class whose answers are all wrong gives 0 / 0. Count its F1 as 0.")
+    expect(came, 0.2, "Class 1 is answered once, and wrongly: its F1 is 0.")
 
 # %% ../nbs/lib/checks.ipynb #50abc61b
 @checks("3.1")
@@ -268,6 +272,7 @@ def check_stochastic_depth(
     came = answer(x, torch.ones_like, keep, False)
     expect_none_of(came, {"the branch shrinks at test time. Divide by `keep` in training instead, and leave this case alone.": x + keep})
     expect(came, x + 1, "Without training it is x + branch(x).")
+    expect(answer(-x, torch.ones_like, keep, False), 1 - x, "There is no ReLU at the end.")
     came = answer(x, torch.ones_like, keep, True)
     expect(came * 0, x * 0, "The output has the shape of x.")
     each = (came - x).flatten(1)  # (images, numbers): what was added
@@ -323,6 +328,9 @@ def check_blend(
     came = answer(first, second, labels)
     expect_none_of(came, {"two shares are equally good, and the smaller is asked for.": 0.2})
     expect(came, 0.1, "Count the right answers at 0, 0.1, … 1.")
+    unsure, sure, labels = torch.tensor([[0.1, 0.0]]), torch.tensor([[0.0, 20.0]]), torch.tensor([0])
+    expect(answer(unsure, sure, labels), 1.0, "The share 1 is tried as well.")
+    expect(answer(sure, unsure, labels), 0.0, "The share 0 is tried as well.")
 
 # %% ../nbs/lib/checks.ipynb #dfd9feaa
 @checks("4.1")
@@ -442,7 +450,13 @@ def check_deletion(
 ) -> None:
     "5.3: `my_deletion_curve(score, image, attribution, steps)`."
     image, attribution = torch.arange(1.0, 25).view(3, 2, 4).sqrt(), torch.tensor([[3.0, -7, 1, 5], [8, -2, 6, 4]])
-    kept, score = image.clone(), lambda x: x.square().sum().item()
+    kept = image.clone()
+
+    def score(x):
+        if x.shape != image.shape:
+            raise Wrong("`score` takes an image (3, h, w): give the pixels their shape back.")
+        return x.square().sum().item()
+
     came = answer(score, image, attribution, 4)
     if not torch.equal(image, kept):
         raise Wrong("the image itself was changed. Work on a copy: image.clone().")
@@ -488,6 +502,7 @@ def check_maximum_error(
     expect_none_of(came, {"the bins are narrower than was asked for. Use `bins`.": 0.35})
     expect(came, 0.15, "With five bins these answers are all in one.")
     came = answer(torch.ones(12), torch.tensor([1.0, 0.0] * 6), 10, 10)
+    expect_none_of(came, {"the middle of a bin is not its confidence. Take the mean of the confidences in it.": 0.45})
     expect(came, 0.5, "An answer of confidence 1 belongs to the last bin.")
     empty = answer(*few, 10, 13)
     if empty is not None and math.isnan(empty):
@@ -531,6 +546,7 @@ def check_class_thresholds(
     expect_none_of(came, {
         f"90 % of n images is too low: the new image counts too. {rank}": [s[math.ceil(0.9 * len(s)) - 1].item() for s in scores],
         f"`quantile` interpolates, and doesn't count the new image. {rank}": [s.quantile(0.9).item() for s in scores],
+        f"`quantile` with \"higher\" counts ranks from 0 and lands one too high. {rank}": [scores[0][9].item(), scores[1][19].item(), 1.0],
         "two images cannot promise 90 %: the rank is 3. Give such a class the threshold 1.": [*right[:2], scores[2][1].item()],
         "all images share one threshold. Use each class's own images for its own.": [(1 - true).sort().values[29].item()] * 3,
     })
