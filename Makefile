@@ -29,7 +29,8 @@ clean:
 	rm -rf $(foreach made,checkpoints exports figures notebooks report results run.json,outputs/*/$(made)) .pytest_cache
 
 $(READY): settings.ini constraints.txt setup.py
-	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || \
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
+		$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || \
 		{ echo "This needs Python 3.11, 3.12 or 3.13; name one: make PYTHON=python3.12 …"; exit 1; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25"

@@ -72,8 +72,18 @@ def contenders(images, labels, mean, std):
     return {
         "torchvision v2, tensors": PerImage(images, labels, tensors),
         "torchvision v2, Pillow": PerImage(pictures, labels, pillow),
-        "albumentations": PerImage(arrays, labels, lambda array: chain(image=array)["image"]),
+        "albumentations": PerImage(arrays, labels, Albumentations(chain)),
     }
+
+
+class Albumentations:
+    """A chain that takes an array and gives a tensor; it can be sent to worker processes."""
+
+    def __init__(self, chain):
+        self.chain = chain
+
+    def __call__(self, array):
+        return self.chain(image=array)["image"]
 
 
 def images_per_second(batches, normalise=None):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from tools import at_least, run
-from vision_course.core import provenance
+from vision_course.core import CourseError, provenance
 from vision_course.data import load
 from vision_course.explain import grad_cam
 from vision_course.maps import mean_interval, overlap, pointing_game, share_inside
@@ -35,7 +35,11 @@ def main():
     parser.add_argument("--images", type=at_least(1), default=300, help="validation images (default 300)")
     options = parser.parse_args()
     data, predictor = load("shapes"), Predictor(options.model)
-    split = data.valid.subset(torch.arange(options.images))
+    trained = load_or_train(resnet, data, resnet_recipe(data))
+    made = predictor.metadata.get("provenance", {})
+    if any(made.get(what) != trained.info[what] for what in ("recipe", "seed")) or predictor.metadata["network"] != "resnet":
+        raise CourseError(f"{options.model}: is not the residual network of chapter 3. Run vision-course export first.")
+    split = data.valid.subset(torch.arange(min(options.images, len(data.valid))))
     pixels = split.images.permute(0, 2, 3, 1).numpy()
     answers = predictor.predict(pixels).argmax(1)
     heats, seconds = [], []
@@ -43,7 +47,7 @@ def main():
         start = time.perf_counter()
         heats.append(occlusion_map(predictor, image, int(target))[0])
         seconds.append(time.perf_counter() - start)
-    network = load_or_train(resnet, data, resnet_recipe(data)).model.cpu()
+    network = trained.model.cpu()
     maps = {
         "occlusion": torch.tensor(np.stack(heats), dtype=torch.float32),
         "Grad-CAM": grad_cam(network, split.images / 255, torch.as_tensor(answers)),
@@ -53,7 +57,7 @@ def main():
     print(f"the object covers {area:.0%} of the image on average; {1000 * statistics.median(seconds):.0f} ms for an occlusion map")
     for name, rows in found.items():
         print(f"{name:10}", ", ".join(f"{what} {mean:.2f} ({low:.2f} to {high:.2f})" for what, (low, mean, high) in rows.items()))
-    report = {"images": options.images, "area": area, "scores": found, "seconds": statistics.median(seconds)}
+    report = {"images": len(split), "area": area, "scores": found, "seconds": statistics.median(seconds)}
     print(json.dumps({**report, "provenance": provenance()}))
 
 

@@ -1,7 +1,7 @@
 """Seconds to a validation accuracy: the course's recipe, and a ResNet-18 trained the way most tutorials do it.
 
     python benchmarks/time_to_accuracy.py                              # CIFAR-10, the recipe's epochs, one seed
-    python benchmarks/time_to_accuracy.py --seeds 3 --test             # the figures of the closing table
+    python benchmarks/time_to_accuracy.py --seeds 3 --test             # with test accuracy, mean of three seeds
     python benchmarks/time_to_accuracy.py --seeds 3 --all-images       # the same, trained on the validation images too
     python benchmarks/time_to_accuracy.py --tutorial-epochs 30 --tutorial-seconds 36000
 

@@ -14,6 +14,7 @@ come out.
 """
 
 import argparse
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def main():
         "training_images": len(data.train), "fingerprint": data.fingerprint, **score, "seed": options.seed,
         "parameters": sum(p.numel() for name, p in network.named_parameters() if not name.startswith("head.")),
         "recipe": asdict(recipe), "seconds": history.seconds.sum(), "history": history.to_dict("records"),
-        "command": "python benchmarks/train_backbone.py", "data": "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        "command": " ".join(["python benchmarks/train_backbone.py", *sys.argv[1:]]), "data": "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
         "provenance": provenance(),
     })
     state.unlink(missing_ok=True)

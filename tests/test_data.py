@@ -146,7 +146,10 @@ def test_train_loses_what_stands_in_test(tmp_path, root):
 
 def test_a_class_whose_name_is_no_text_gets_one_that_is(tmp_path, root):
     write_classes(tmp_path / "own")
-    os.rename(tmp_path / "own" / "cat", os.path.join(os.fsencode(tmp_path / "own"), b"caf\xe9"))
+    try:
+        os.rename(tmp_path / "own" / "cat", os.path.join(os.fsencode(tmp_path / "own"), b"caf\xe9"))
+    except OSError:
+        pytest.skip("this file system takes only names that are text")
     data = load(str(tmp_path / "own"), root)
     assert data.classes == ("caf\\xe9", "dog") and "".join(data.classes).encode()
 

@@ -206,8 +206,11 @@ def test_a_name_that_is_no_text_does_not_stop_the_others(course, tmp_path):
     model = colour_model(tmp_path / "colours.onnx")
     (tmp_path / "own").mkdir()
     for name in (b"a.png", b"caf\xe9.png", b"z.png"):
-        with open(os.path.join(os.fsencode(tmp_path / "own"), name), "wb") as file:
-            file.write(file_of(Image.new("RGB", (30, 20), (220, 30, 30))))
+        try:
+            with open(os.path.join(os.fsencode(tmp_path / "own"), name), "wb") as file:
+                file.write(file_of(Image.new("RGB", (30, 20), (220, 30, 30))))
+        except OSError:
+            pytest.skip("this file system takes only names that are text")
     done = course("predict", "own", "--model", model, "--json")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(row) for row in done.stdout.splitlines()]

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from conftest import HEAR_CTRL_C, after
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -148,7 +149,7 @@ def test_ctrl_c_stops_the_run_and_its_kernel(project):
     assert process.returncode != 0 and "stopped after" in out and "KeyboardInterrupt" in err
     assert "02_bad" not in out and "Report:" not in out
     for _ in range(50):
-        if not Path(f"/proc/{pid.read_text()}").exists():
+        if not psutil.pid_exists(int(pid.read_text())):
             break
         time.sleep(0.1)
     else:

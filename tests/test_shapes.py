@@ -53,7 +53,7 @@ def test_fast_enough():
             begin = time.process_time()
             assert len(render(3000)) == 3000
             seconds.append(time.process_time() - begin)
-        assert min(seconds) < 2  # 8 s for 12,000 images, which two threads, a third faster at least, make in 6 s
+        assert min(seconds) < 6  # 1 to 2.5 s on the processors met so far; one image at a time would take minutes
     finally:
         torch.set_num_threads(threads)
 

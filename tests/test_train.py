@@ -34,6 +34,13 @@ def checkpoint(outputs, name="small_cnn-seed0.safetensors"):
     return found[0] if found else None
 
 
+def written(folder):
+    try:
+        return next((path.stat().st_mtime_ns for path in folder.glob("small_cnn-seed0-*.state")), None)
+    except FileNotFoundError:  # the training has just ended
+        return None
+
+
 def test_killed_training_ends_as_one_never_killed(course, photos):
     words = ("train", "small_cnn", "--dataset", photos, "--epochs", 12)
     done = course(*words)
@@ -46,9 +53,8 @@ def test_killed_training_ends_as_one_never_killed(course, photos):
     kills = 0
     for _ in range(12):  # each time it gets one saved epoch further, or is killed in the middle of one
         process = subprocess.Popen(command, env=course.environment, cwd=photos.parent, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        state, before = folder / "small_cnn-seed0.state", None
-        before = state.stat().st_mtime_ns if state.exists() else None
-        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == before):
+        before = written(folder)
+        while process.poll() is None and written(folder) in (None, before):
             time.sleep(0.002)
         time.sleep(0.03 * kills)
         if process.poll() is None:

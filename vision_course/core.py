@@ -42,9 +42,9 @@ def data_root() -> Path:  # $VISION_COURSE_DATA, or data/ in the project
 def run_name(
     dataset: str,  # a data set's name, or the path of a folder of images
 ) -> str:          # letters, digits, "-" and "_" only
-    "A name for a data set that can be the name of a folder."
+    "A name for a data set that can be the name of a folder, another one for each data set."
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", str(dataset)).strip("-") or "dataset"
-    if str(dataset).isascii():  # else two names without a Latin letter would become one
+    if name == str(dataset):  # of a path never: it has a slash
         return name
     return f"{name}-{sha256(str(dataset).encode(errors='surrogateescape')).hexdigest()[:6]}"
 

@@ -90,7 +90,7 @@ class Lookahead:
             slow.copy_(kept)
 
 # %% ../nbs/lib/optim.ipynb #94eb19d2
-OPTIMIZERS = ("sgd", "adamw", "muon")
+OPTIMIZERS = ("sgd", "adam", "adamw", "muon")
 MUON_RATES = {1: 0.22, 2: 0.035}  # of biases and scales, and of the head, as shares of the filters' rate
 
 
@@ -98,7 +98,7 @@ def make_optimizer(
     model: nn.Module,  # the network to train
     recipe,            # says which optimiser, learning rate and weight decay
 ) -> torch.optim.Optimizer:
-    "SGD, AdamW or Muon, at the rates that the network asks for."
+    "SGD, Adam, AdamW or Muon, at the rates that the network asks for."
     scales = model.learning_rate_scales() if hasattr(model, "learning_rate_scales") else {}
     kinds = {}
     for name, p in model.named_parameters():
@@ -107,8 +107,8 @@ def make_optimizer(
     rate, decay = recipe.learning_rate, recipe.weight_decay
     groups = [{"params": some, "ndim": ndim, "lr": rate * scale, "weight_decay": decay if ndim > 1 else 0.0}
               for (ndim, scale), some in kinds.items()]
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups)
+    if recipe.optimizer in ("adam", "adamw"):
+        return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
     for group in groups:
@@ -118,11 +118,11 @@ def make_optimizer(
     return Muon(groups)
 
 # %% ../nbs/lib/optim.ipynb #46a10008
-SCHEDULES = ("onecycle", "cosine", "linear", "plateau", "constant")
+SCHEDULES = ("onecycle", "cosine", "warmup_cosine", "linear", "plateau", "constant")
 
 
 def learning_rate_factor(
-    schedule: str,  # "onecycle", "cosine", "linear" or "constant"; "plateau" does not depend on the step
+    schedule: str,  # one of `SCHEDULES`, but not "plateau", which does not depend on the step
     step: int,      # 0 … steps - 1
     steps: int,     # of the whole training
 ) -> float:         # what the recipe's learning rate is multiplied with, in (0, 1]
@@ -132,10 +132,11 @@ def learning_rate_factor(
         if done < 0.3:
             return 0.04 + 0.96 * (1 - math.cos(math.pi * done / 0.3)) / 2
         return max(1e-4, (1 + math.cos(math.pi * (done - 0.3) / 0.7)) / 2)
-    if schedule == "cosine":    # straight up for 5 %, then down along half a cosine
-        if done < 0.05:
-            return (step + 1) / (0.05 * steps + 1)
-        return max(1e-4, (1 + math.cos(math.pi * (done - 0.05) / 0.95)) / 2)
+    if schedule in ("cosine", "warmup_cosine"):  # down along half a cosine, perhaps after 5 % straight up
+        warm_up = 0.05 * (schedule == "warmup_cosine")
+        if done < warm_up:
+            return (step + 1) / (warm_up * steps + 1)
+        return max(1e-4, (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up))) / 2)
     return 1 - done if schedule == "linear" else 1.0
 
 # %% ../nbs/lib/optim.ipynb #e71f27d5

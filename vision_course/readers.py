@@ -16,6 +16,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -199,7 +200,8 @@ def cached_pixels(
             write_images(target, (len(paths), size, size, 3), decode_all(paths, size, bad, skip_bad))
             save_json(record, {str(path.relative_to(folder)): reason for path, reason in bad.items()})
             for old in set(cache.glob(f"*-{place}-{size}-*")) - {target, record}:
-                old.unlink(missing_ok=True)
+                with suppress(OSError):  # one that is still open; Windows keeps it
+                    old.unlink()
     bad = {folder / name: reason for name, reason in load_json(record).items()}
     refuse({} if skip_bad else bad)
     return np.load(target, mmap_mode="c"), bad
@@ -311,7 +313,7 @@ def read_tiny_imagenet(
     pixels, bad = cached_pixels([path for _, _, path in files], folder, root / ".cache", size, skip_bad)
     source = listed_source(files, pixels, bad, names_in_words(folder / "words.txt", codes))
     if not (folder / "words.txt").exists():
-        source.notes["class_names"] = f"codes, because {folder / 'words.txt'} is not there"
+        source.notes["class_names"] = f"codes, because {folder.name}/words.txt is not there"
     return source
 
 

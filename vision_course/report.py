@@ -96,7 +96,7 @@ class ChapterFailed(CourseError):
 
 def _run_chapter(path, target, parameters):
     "Execute one notebook with these parameters; its copy is written at the end, with the error if a cell fails."
-    papermill, nbformat = needed("papermill", "dev"), needed("nbformat", "dev")
+    papermill, nbformat, _ = needed("papermill", "dev"), needed("nbformat", "dev"), needed("ipykernel", "dev")
     notebook = _checked_copy(path, parameters)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +112,8 @@ def _run_chapter(path, target, parameters):
         raise ChapterFailed(_failure(path, error.source, words, error.traceback)) from None
     except needed("nbclient.exceptions", "dev").DeadKernelError:
         raise ChapterFailed(f"{path.stem} failed: its process died, most often because the memory was full.") from None
+    except RuntimeError as error:  # of jupyter_client, which waits for it
+        raise ChapterFailed(f"{path.stem} failed: its process did not start ({error}).") from None
     except OSError as error:
         raise CourseError(f"{target}: cannot be written ({error.strerror}). Free some space or choose another folder.") from None
 

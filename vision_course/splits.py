@@ -7,6 +7,7 @@ __all__ = ['Split', 'image_hashes', 'split_digest', 'stratified_split', 'stratif
 
 # %% ../nbs/lib/splits.ipynb #acc039b6
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,8 +140,9 @@ def arrange(
     content = b"".join(hashes) + order.numpy().tobytes()
     target = place.with_name(f"{place.name}-{hashlib.blake2b(content, digest_size=8).hexdigest()}.npy")
     stored = reordered(pixels, order, target)
-    for old in set(place.parent.glob(f"{place.name}-*")) - {target}:
-        old.unlink(missing_ok=True)
+    for old in set(place.parent.glob(f"{place.name}-*.npy")) - {target}:  # not what another process is still writing
+        with suppress(OSError):  # one that is still open; Windows keeps it
+            old.unlink()
     stretches = indices_by_side({side: len(rows) for side, rows in sides.items()})
     parts = {side: channels_first(stored[at[0] : at[-1] + 1]) for side, at in stretches.items()}
     return {side: Split(part, labels[sides[side]], memory_mapped=True) for side, part in parts.items()}

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MIXINGS', 'Recipe', 'small_cnn_recipe', 'seeds_for', 'predict', 'fewer_if_large', 'evaluating', 'mixed_precision',
-           'evaluate', 'mix_batch', 'reduced_at_first', 'make_accelerator', 'Trainer', 'show_progress', 'demand_finite',
-           'save_state', 'load_state', 'fit', 'training_key', 'Trained', 'save_checkpoint', 'load_checkpoint',
-           'pretrained_path', 'check_published', 'made_by', 'untrained', 'checkpoint_path', 'find_checkpoint',
-           'load_or_train', 'train_and_describe', 'share_cores', 'train_aside', 'load_or_train_all', 'side_by_side',
-           'RateSearch', 'find_learning_rate', 'losses_at', 'endless', 'smoothed', 'shifted_views', 'predict_augmented']
+           'evaluate', 'mix_batch', 'reduced_at_first', 'make_accelerator', 'told_by_the_first', 'Trainer',
+           'show_progress', 'demand_finite', 'save_state', 'load_state', 'fit', 'training_key', 'Trained',
+           'save_checkpoint', 'load_checkpoint', 'pretrained_path', 'check_published', 'made_by', 'untrained',
+           'checkpoint_path', 'state_path', 'find_checkpoint', 'load_or_train', 'train_and_describe', 'share_cores',
+           'train_aside', 'load_or_train_all', 'side_by_side', 'RateSearch', 'find_learning_rate', 'losses_at',
+           'endless', 'smoothed', 'shifted_views', 'predict_augmented']
 
 # %% ../nbs/lib/train.ipynb #e757b8be
 import copy
@@ -53,10 +54,10 @@ class Recipe:
     name: str                      # what checkpoints and logs are called
     epochs: int = 15               # passes over the training split
     batch_size: int = 128          # images a step, over all processes
-    optimizer: str = "sgd"         # "sgd" (Nesterov momentum 0.9), "adamw" or "muon"
+    optimizer: str = "sgd"         # "sgd" (Nesterov momentum 0.9), "adam", "adamw" or "muon"
     learning_rate: float = 0.1     # the highest that the schedule reaches
     weight_decay: float = 5e-4     # on weights, not on biases or batch norm; with Muon on the head's weights alone
-    schedule: str = "onecycle"     # "onecycle", "cosine" (after a warm-up), "linear", "plateau" or "constant"
+    schedule: str = "onecycle"     # "onecycle", "cosine", "warmup_cosine", "linear", "plateau" or "constant"
     label_smoothing: float = 0.0   # share of the target spread over all classes, in [0, 1)
     lookahead: int = 0             # steps after which the weights return to their running average; 0: they don't
     mixing: str = "none"           # "none", "mixup" or "cutmix"
@@ -212,6 +213,17 @@ def make_accelerator(
     precision = "bf16" if fast_bfloat16(device) else "no"
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, log_with=tracker, project_dir=logs)
 
+
+def told_by_the_first(
+    value: object,  # what this process knows; anything that can be pickled
+) -> object:        # what the first of them knows
+    "Let several processes agree; all of them must ask. One alone knows best."
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
 # %% ../nbs/lib/train.ipynb #6d0efd31
 class Trainer:
     "One training: knows where it stands after each epoch, and can go on from there."
@@ -301,15 +313,13 @@ class Trainer:
     def finish_epoch(self, epoch, loss, accuracy, seen, seconds):
         "Average over processes, validate on the first of them, and write the row of the history."
         loss, accuracy = self.accelerator.reduce(torch.stack([loss, accuracy]), "mean").tolist()
-        scores = [evaluate(self.plain, self.dataset.valid, mixed=True) if self.accelerator.is_main_process else None]
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-            broadcast_object_list(scores)
+        scores = evaluate(self.plain, self.dataset.valid, mixed=True) if self.accelerator.is_main_process else None
+        scores = told_by_the_first(scores)
         last, kept = (epoch + 1) * len(self.batches) - 1, self.state_file is not None and epoch > 0
-        demand_finite(torch.tensor([scores[0]["loss"]]), epoch, last, self.recipe, kept)
+        demand_finite(torch.tensor([scores["loss"]]), epoch, last, self.recipe, kept)
         row = {
             "epoch": epoch + 1, "train_loss": loss, "train_accuracy": accuracy,
-            "valid_loss": scores[0]["loss"], "valid_accuracy": scores[0]["accuracy"],
+            "valid_loss": scores["loss"], "valid_accuracy": scores["accuracy"],
             "learning_rate": self.recipe.learning_rate * self.optimizer.param_groups[0]["lr"] / self.first_rate,
             "images_per_second": seen * self.accelerator.num_processes / seconds, "seconds": seconds,
         }
@@ -376,13 +386,14 @@ def load_state(
     trainer: Trainer,  # before its first epoch
 ) -> None:
     "Go on where the same training was stopped; a state of another training is left unread."
-    if not (trainer.state_file and trainer.state_file.exists()):
-        return
-    try:
-        state = torch.load(trainer.state_file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file can raise anything
-        raise CourseError(f"{trainer.state_file}: cannot be read ({type(error).__name__}). Delete it to train anew.") from None
-    if state["key"] == trainer.key:
+    state = None
+    if trainer.accelerator.is_main_process and trainer.state_file and trainer.state_file.exists():
+        try:
+            state = torch.load(trainer.state_file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged or foreign file can raise anything
+            raise CourseError(f"{trainer.state_file}: cannot be read ({type(error).__name__}). Delete it to train anew.") from None
+    state = told_by_the_first(state)  # another machine may not see the file
+    if state and state["key"] == trainer.key:
         trainer.rows, trainer.best, trainer.best_score = state["rows"], state["best"], state["best_score"]
         trainer.plain.load_state_dict(state["model"])
         trainer.optimizer.load_state_dict(state["optimizer"])
@@ -527,6 +538,14 @@ def checkpoint_path(
     return output_folder(dataset.name) / "checkpoints" / f"{recipe.name}-seed{seed}.safetensors"
 
 
+def state_path(
+    path: Path,  # of a checkpoint
+    key: str,    # of `training_key`
+) -> Path:       # beside it
+    "Where a training that has not ended is kept; another training with the same name leaves it alone."
+    return path.with_name(f"{path.stem}-{key[:8]}.state")
+
+
 def find_checkpoint(
     model: nn.Module,  # untrained
     dataset: Dataset,  # what it would be trained on
@@ -554,7 +573,9 @@ def load_or_train(
     first = int(os.environ.get("RANK", 0)) == 0  # of several processes only the first locks and writes
     with locked(path) if first else nullcontext():
         model = untrained(build, dataset, seed)
-        found = find_checkpoint(model, dataset, recipe, seed)
+        if "WORLD_SIZE" in os.environ:
+            make_accelerator()  # without it they cannot talk
+        found = told_by_the_first(find_checkpoint(model, dataset, recipe, seed) if first else None)
         if found:
             info = load_checkpoint(found, model)
             model.to(pick_device(), memory_format=torch.channels_last)
@@ -564,7 +585,7 @@ def load_or_train(
             info = {"network": build.__name__, **train_and_describe(model, dataset, recipe, seed, path, tracker)}
             if first:
                 save_checkpoint(path, model, info)
-                path.with_suffix(".state").unlink(missing_ok=True)
+                state_path(path, info["key"]).unlink(missing_ok=True)
     return Trained(model.eval(), pd.DataFrame(info["history"]), info)
 
 # %% ../nbs/lib/train.ipynb #683d97b5
@@ -577,10 +598,11 @@ def train_and_describe(
     tracker: str | None = None,  # a tracker of accelerate
 ) -> dict:              # recipe, seed, scores, parameters, seconds, history, provenance
     "Train a network, and say how it went."
-    history = fit(model, dataset, recipe, seed, path.with_suffix(".state"), tracker)
+    key = training_key(model, dataset, recipe, seed)
+    history = fit(model, dataset, recipe, seed, state_path(path, key), tracker)
     best = history.valid_accuracy.idxmax()
     return {
-        "key": training_key(model, dataset, recipe, seed), "recipe": asdict(recipe), "seed": seed,
+        "key": key, "recipe": asdict(recipe), "seed": seed,
         "dataset": dataset.name, "data_seed": dataset.seed, "classes": dataset.classes, "file": path.name,
         "training_data": dataset.fingerprint, "parameters": sum(p.numel() for p in model.parameters()),
         "best_epoch": int(history.epoch[best]),
