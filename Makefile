@@ -13,6 +13,7 @@ DEVICE  ?= auto
 
 BIN   := .venv/bin
 READY := .venv/.installed
+USABLE = $(BIN)/python -c "import pip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" >/dev/null 2>&1
 
 .PHONY: report test lab clean
 
@@ -29,10 +30,10 @@ clean:
 	rm -rf $(foreach made,checkpoints exports figures notebooks report results run.json,outputs/*/$(made)) .pytest_cache
 
 $(READY): settings.ini constraints.txt setup.py
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
+	@$(USABLE) || \
 		$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || \
 		{ echo "This needs Python 3.11, 3.12 or 3.13; name one: make PYTHON=python3.12 …"; exit 1; }
-	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(USABLE) || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,track,export,serve,tflite]"
 	touch $@

@@ -436,6 +436,21 @@ def test_told_to_end_it_answers_what_is_under_way(tmp_path, how):
         call(port, "GET", "/v2/health/live")
 
 
+def test_who_stops_sending_is_not_waited_for(tmp_path):
+    patience = "import sys; from vision_course import serve; serve.PATIENCE = 0.3; serve.run(sys.argv[1], port=0, most_bytes=1000)"
+    process, port = started([sys.executable, "-c", patience, colour_model(tmp_path / "colours.onnx")])
+    try:
+        for length, status in ((900, b" 408 "), (2000, b" 413 ")):  # the second is too large and would be thrown away
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as stream:
+                head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: {length}\r\n\r\n"
+                stream.sendall(head.encode() + b"--b\r\n")
+                assert status in stream.recv(1000)
+        assert alive(port)
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+
+
 def test_who_finds_all_places_taken_is_told_to_come_back(tmp_path):
     command = [sys.executable, "-c", "import sys; from vision_course import serve; serve.run(sys.argv[1], port=0)"]
     process, port = started([*command, colour_model(tmp_path / "colours.onnx")])

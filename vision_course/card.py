@@ -27,7 +27,7 @@ def spelled(
     name: str,  # of a class or a folder, such as its user chose it
 ) -> str:       # Markdown, on one line
     "A name as text, whatever signs it has: as HTML or Markdown it could be anything, even a program."
-    return re.sub(r"([\\`*\[\]<>|&#~!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", " ".join(name.split()))
+    return re.sub(r"([\\`*\[\]<>|&#~!:@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", " ".join(name.split()))
 
 
 def interval(

@@ -80,7 +80,7 @@ def decode(
 
 # %% ../nbs/lib/images.ipynb #abe864b9
 MOST_PIXELS = 50_000_000  # more than most cameras make
-MOST_SCANS = 1_000        # of a JPEG, each of which goes over all pixels; a photograph has about ten
+MOST_SCANS = 400          # of a JPEG of so many pixels, each over all of them; a photograph has about ten
 
 
 class ImageError(CourseError):
@@ -95,13 +95,14 @@ def read_image(
 ) -> np.ndarray:                      # uint8 (size, size, 3), the same as `decode` gives
     "Read an image from anywhere, carefully."
     where = "the file" if isinstance(source, bytes) else f"{source}:"
-    if isinstance(source, bytes) and source.startswith(b"\xff\xd8") and source.count(b"\xff\xda") > MOST_SCANS:
-        raise ImageError(f"{where} is a JPEG of more than {MOST_SCANS:,} scans, which would take too long to decode.")
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as file:
             if file.width * file.height > most_pixels:
                 shown = f"{file.width:,} × {file.height:,}"
                 raise ImageError(f"{where} has {shown} pixels; at most {most_pixels:,} are read.")
+            scans = source.count(b"\xff\xda") if isinstance(source, bytes) and file.format in ("JPEG", "MPO") else 1
+            if scans * file.width * file.height > MOST_SCANS * most_pixels:
+                raise ImageError(f"{where} is a JPEG of {scans:,} scans, which would take too long to decode.")
             pixels = square_pixels(file, size)
             if notes is not None:
                 notes.extend(_remarks(file))

@@ -379,6 +379,8 @@ def reordered(
 ) -> Tensor:         # memory-mapped uint8 (kept, height, width, 3)
     "Write images to the disk in another order."
     with locked(target):
+        for left in target.parent.glob(f"{target.stem}.*.partial"):  # by a process that was killed
+            left.unlink()
         if not target.exists():
             chunks = (pixels[rows].numpy() for rows in order.split(512))
             write_images(target, (len(order), *pixels.shape[1:]), chunks)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -96,7 +97,9 @@ class ChapterFailed(CourseError):
 
 def _run_chapter(path, target, parameters):
     "Execute one notebook with these parameters; its copy is written at the end, with the error if a cell fails."
-    papermill, nbformat, _ = needed("papermill", "dev"), needed("nbformat", "dev"), needed("ipykernel", "dev")
+    papermill, nbformat = needed("papermill", "dev"), needed("nbformat", "dev")
+    if find_spec("ipykernel") is None:  # imported here, it would make this process look like a notebook
+        raise CourseError("ipykernel is not installed: pip install 'vision_course[dev]'")
     notebook = _checked_copy(path, parameters)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

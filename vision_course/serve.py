@@ -103,10 +103,12 @@ def parse_request(
     "Take a request apart."
     try:
         end = len(body) if header is None else int(header)
-        if min(end, len(body)) > MOST_JSON:
+        if not 0 <= end <= len(body):
+            raise ValueError
+        if end > MOST_JSON:
             raise CourseError(f"the JSON has more than {MOST_JSON / 1e6:g} MB. Send the numbers as binary data, or fewer images.")
         request = json.loads(body[:end])
-        if not isinstance(request, dict) or not 0 <= end <= len(body):
+        if not isinstance(request, dict):
             raise ValueError
     except (ValueError, RecursionError):  # no JSON, no UTF-8, nested without end
         raise CourseError("the body is not a JSON object as the Open Inference Protocol v2 describes it.") from None
@@ -251,7 +253,10 @@ class LimitBody:
         "Read what is still coming, up to a point."
         taken = 0
         while message.get("more_body") and taken <= 8 * self.most:
-            message = await receive()
+            try:
+                message = await asyncio.wait_for(receive(), PATIENCE)
+            except TimeoutError:
+                return
             taken += len(message.get("body", b""))
 
 # %% ../nbs/lib/serve.ipynb #d0c19c7a

@@ -215,14 +215,23 @@ def make_accelerator(
 
 
 def told_by_the_first(
-    value: object,  # what this process knows; anything that can be pickled
-) -> object:        # what the first of them knows
-    "Let several processes agree; all of them must ask. One alone knows best."
+    find_out: Callable[[], object],  # what the first of several processes does; its result can be pickled
+) -> object:                         # the result
+    "Let the first process find something out and tell it to the others, an error too; all of them must ask."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return value
+        return find_out()
     from accelerate.utils import broadcast_object_list
 
-    return broadcast_object_list([value])[0]
+    told = None
+    if int(os.environ["RANK"]) == 0:
+        try:
+            told = find_out()
+        except CourseError as error:
+            told = error
+    [told] = broadcast_object_list([told])
+    if isinstance(told, CourseError):
+        raise told
+    return told
 
 # %% ../nbs/lib/train.ipynb #6d0efd31
 class Trainer:
@@ -313,8 +322,7 @@ class Trainer:
     def finish_epoch(self, epoch, loss, accuracy, seen, seconds):
         "Average over processes, validate on the first of them, and write the row of the history."
         loss, accuracy = self.accelerator.reduce(torch.stack([loss, accuracy]), "mean").tolist()
-        scores = evaluate(self.plain, self.dataset.valid, mixed=True) if self.accelerator.is_main_process else None
-        scores = told_by_the_first(scores)
+        scores = told_by_the_first(lambda: evaluate(self.plain, self.dataset.valid, mixed=True))
         last, kept = (epoch + 1) * len(self.batches) - 1, self.state_file is not None and epoch > 0
         demand_finite(torch.tensor([scores["loss"]]), epoch, last, self.recipe, kept)
         row = {
@@ -386,19 +394,23 @@ def load_state(
     trainer: Trainer,  # before its first epoch
 ) -> None:
     "Go on where the same training was stopped; a state of another training is left unread."
-    state = None
-    if trainer.accelerator.is_main_process and trainer.state_file and trainer.state_file.exists():
-        try:
-            state = torch.load(trainer.state_file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged or foreign file can raise anything
-            raise CourseError(f"{trainer.state_file}: cannot be read ({type(error).__name__}). Delete it to train anew.") from None
-    state = told_by_the_first(state)  # another machine may not see the file
+    state = told_by_the_first(lambda: _read_state(trainer.state_file))  # another machine may not see the file
     if state and state["key"] == trainer.key:
         trainer.rows, trainer.best, trainer.best_score = state["rows"], state["best"], state["best_score"]
         trainer.plain.load_state_dict(state["model"])
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.scheduler.load_state_dict(state["scheduler"])
         trainer.lookahead.load_state_dict(state["lookahead"])
+
+
+def _read_state(path):
+    "What `save_state` wrote, if it did."
+    if not (path and path.exists()):
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file can raise anything
+        raise CourseError(f"{path}: cannot be read ({type(error).__name__}). Delete it to train anew.") from None
 
 # %% ../nbs/lib/train.ipynb #d9ee4a0a
 def fit(
@@ -575,12 +587,15 @@ def load_or_train(
         model = untrained(build, dataset, seed)
         if "WORLD_SIZE" in os.environ:
             make_accelerator()  # without it they cannot talk
-        found = told_by_the_first(find_checkpoint(model, dataset, recipe, seed) if first else None)
+        found = told_by_the_first(lambda: find_checkpoint(model, dataset, recipe, seed))
         if found:
-            info = load_checkpoint(found, model)
+            info = told_by_the_first(lambda: load_checkpoint(found, model))
+            model.load_state_dict(told_by_the_first(model.state_dict))
             model.to(pick_device(), memory_format=torch.channels_last)
             if found != path and first:
                 save_checkpoint(path, model, info)
+            if first:  # of a process that was killed after its last epoch
+                state_path(path, info["key"]).unlink(missing_ok=True)
         else:
             info = {"network": build.__name__, **train_and_describe(model, dataset, recipe, seed, path, tracker)}
             if first:
