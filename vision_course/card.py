@@ -32,7 +32,7 @@ def spelled(
 
 def interval(
     values: list[float],            # value, lower end, upper end
-    show: Callable = "{:.3f}".format,
+    show: Callable = "{:.3f}".format,  # makes text of a number
 ) -> str:                           # such as 0.006 [0.000, 0.014]
     "A value with its 95 % interval."
     middle, low, high = map(show, values)

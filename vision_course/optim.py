@@ -107,8 +107,10 @@ def make_optimizer(
     rate, decay = recipe.learning_rate, recipe.weight_decay
     groups = [{"params": some, "ndim": ndim, "lr": rate * scale, "weight_decay": decay if ndim > 1 else 0.0}
               for (ndim, scale), some in kinds.items()]
-    if recipe.optimizer in ("adam", "adamw"):
-        return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups)
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(groups)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
     for group in groups:
